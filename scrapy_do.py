@@ -1,0 +1,2645 @@
+#!/usr/bin/env python3
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["psutil>=5.9.6"]
+# ///
+"""Keep Scrapy projects, run their spiders now or on a schedule, and answer a small JSON API.
+
+    curl ──> HTTP thread ──> Daemon.push / schedule / cancel / remove ──┐ a change: a function of a Draft
+                                                                        v
+    timer ──(a schedule is due)────────────────────────────────────> writer ──> state.json, fsync ──> publish
+                                                                        ^                                │
+    slot-1 .. slot-N <──(a job is pending)──────────────────────────────┼────────────────────────────────┘
+        └── working copy, Popen, wait, exit code ──(started, ended)─────┘
+
+Threads
+    main       accepts connections; a SIGTERM or Ctrl-C raises `Stop` here.
+    http-*     answer the requests of one connection at a time; idle ones are used again, then go.
+    timer      sleeps until the next due time or deadline, and hands its key on. Never waits for the disk.
+    writer     runs the changes, all that have gathered at once, on a draft of the records; writes the draft to the
+               disk; then publishes it. What a reader sees is on the disk, or will be as soon as the disk takes it.
+    slot-*     each takes the oldest pending job, starts its crawl and blocks until that has ended.
+
+Locks
+    Daemon._lock     guards the published records and all that is derived from them; held for memory work only.
+    Timer._wake      guards the agenda; may be taken inside Daemon._lock, never the other way round.
+    Server._lock     guards the queue of connections and the counts of threads.
+No thread unpacks, starts a process, syncs a file or reads from the network while it holds a lock.
+"""
+from __future__ import annotations
+
+import argparse
+import contextlib
+import errno
+import fcntl
+import functools
+import heapq
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import socket
+import stat
+import subprocess
+import sys
+import threading
+import time
+import traceback
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from enum import Enum
+from http.server import ThreadingHTTPServer
+from pathlib import Path
+from socketserver import BaseRequestHandler, TCPServer
+from typing import IO, Any, NamedTuple, TypeVar
+
+try:
+    import psutil
+except ImportError:
+    sys.exit("scrapy_do needs psutil, which is not installed: run 'python -m pip install psutil' and start again")
+
+__version__ = "0.1.0"
+
+MIB = 1024 * 1024
+CHUNK_BYTES = 64 * 1024
+HEAD_BYTES = 64 * 1024  # the longest request line and headers together
+URL_BYTES = 8 * 1024
+HEADERS_COUNT = 100
+TEXT_BYTES = MIB  # the longest value of a parameter that is not an archive
+ARCHIVE_ENTRIES = 10_000
+FOLDER_DEPTH = 50
+ARCHIVE_BYTES = 1024 * MIB  # the most that an archive may unpack to
+REQUEST_SECONDS = 60.0  # for a whole head; for a body there is more, by its size:
+BODY_BYTES_PER_SECOND = 10 * 1024
+IDLE_SECONDS = 10.0  # after which a thread without a connection ends
+LINGER_SECONDS = 2.0  # how long the rest of a refused body is read, so that the client sees the answer
+CONNECTIONS_COUNT = 256
+BATCH_COUNT = 256  # changes that share one write: bounds how long the records stay locked
+RETRY_SECONDS = 2.0  # between attempts to save what the disk did not take
+CLOCK_CHECK_SECONDS = 60.0  # a wait does not notice that the system clock was set
+DAY_SECONDS = 86400
+LAST_INSTANT = 253402214400.0  # 9999-12-31 00:00 UTC: still the year 9999 in every time zone
+
+T = TypeVar("T")
+
+
+# ---- 1. Errors -------------------------------------------------------------------------------------------------------
+
+
+class ScrapyDoError(Exception):
+    """Tell a user in one sentence what is wrong and what to do; `status` is the HTTP status that says so."""
+
+    status = 500
+
+
+class BadRequest(ScrapyDoError):
+    """Refuse what was asked because the request itself is wrong."""
+
+    status = 400
+
+
+class SpecError(BadRequest):
+    """Refuse a scheduling spec."""
+
+
+class NotFound(ScrapyDoError):
+    """Say that there is no such path, project, spider or job."""
+
+    status = 404
+
+
+class Conflict(ScrapyDoError):
+    """Refuse a change that the present state does not allow."""
+
+    status = 409
+
+
+class TooLarge(ScrapyDoError):
+    """Refuse what is over a limit."""
+
+    status = 413
+
+
+class Unavailable(ScrapyDoError):
+    """Refuse work because the daemon is stopping or has too much of it."""
+
+    status = 503
+
+
+class StorageError(ScrapyDoError):
+    """Say that the disk did not take a change, which therefore did not happen."""
+
+    status = 507
+
+
+def log(message: str) -> None:
+    """Write one line to stderr, with the local time; a line break in `message` cannot fake a second line."""
+    stamp = time.strftime("%Y-%m-%d %H:%M:%S")
+    line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in message)
+    with contextlib.suppress(OSError, ValueError):  # a full disk or a closed terminal must not stop a crawl
+        sys.stderr.write(f"{stamp} {line}\n")
+        sys.stderr.flush()
+
+
+def log_crash(what: str) -> None:
+    """Write the traceback of the exception being handled, a line each."""
+    for line in f"{what} failed:\n{traceback.format_exc()}".splitlines():
+        log(line)
+
+
+# ---- 2. Scheduling spec ----------------------------------------------------------------------------------------------
+
+SPEC_CHARACTERS = 1000
+UNIT_SECONDS = {"second": 1, "minute": 60, "hour": 3600, "day": DAY_SECONDS, "week": 7 * DAY_SECONDS}
+WEEKDAYS = ("monday", "tuesday", "wednesday", "thursday", "friday", "saturday", "sunday")
+TIME_FORMS = {  # unit: (what its time must look like, how to say so)
+    "day": (r"([0-9]{1,2}):([0-9]{2})|([0-9]{2}):([0-9]{2}):([0-9]{2})", "HH:MM, H:MM or HH:MM:SS"),
+    "hour": (r"([0-9]{2})?:([0-9]{2})", "MM:SS or :MM"),
+    "minute": (r":([0-9]{2})", ":SS"),
+}
+SPEC_FORMS = (
+    "now | every [N] second(s)|minute(s)|hour(s)|day(s)|week(s) [at TIME] | "
+    "every A to B seconds|minutes|hours|days|weeks [at TIME] | every monday|...|sunday [at TIME]"
+)
+
+
+def _utc_offset(moment: float) -> int:
+    """Return by how many seconds local clocks are ahead of UTC at a POSIX time."""
+    return time.localtime(moment).tm_gmtoff
+
+
+def _instant_of_wall(wall: float) -> float:
+    """Return the first instant at which local clocks show `wall` or later.
+
+    `wall` counts the seconds from 1970-01-01 00:00 as local clocks show them. In the gap of spring this is the first
+    instant after it, in the fold of autumn the first pass: the reading of PEP 495 that people expect of an alarm clock.
+    """
+    before, after = _utc_offset(wall - DAY_SECONDS), _utc_offset(wall + DAY_SECONDS)
+    for offset in (before, after):
+        if _utc_offset(wall - offset) == offset:
+            return wall - offset
+    low, high = int(wall - after) - 1, int(wall - before) + 1  # the clocks jump over `wall` somewhere between
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if middle + _utc_offset(middle) >= wall else (middle, high)
+    return float(high)
+
+
+class Recurrence(NamedTuple):
+    """Say when a schedule is due: every `low` to `high` units, at a second of the minute, hour or day."""
+
+    unit: str
+    low: int = 1
+    high: int = 1
+    weekday: int | None = None  # 0 is Monday; the unit is then a week
+    at: float | None = None  # seconds into the unit (of a week: into the day); None keeps those of the moment
+
+    @property
+    def is_elapsed(self) -> bool:
+        """Tell whether the interval is elapsed time; otherwise it is days on the local calendar."""
+        return self.unit in ("second", "minute", "hour")
+
+    def anchored(self, origin: float) -> Recurrence:
+        """Return the same recurrence with the time of day of `origin` where the spec left it open.
+
+        Without it a run that a spring gap delayed would hand the delay on to all later ones.
+        """
+        if self.is_elapsed or self.at is not None:
+            return self
+        return self._replace(at=(origin + _utc_offset(origin)) % DAY_SECONDS)
+
+    def next_after(self, moment: float, rng: Any = random) -> float:
+        """Return the first due time after `moment`; both are POSIX seconds.
+
+        `rng.randint` draws the number of units when the spec leaves it open. Raise SpecError when the due time would
+        be past the year 9999.
+        """
+        count = self.low if self.low == self.high else rng.randint(self.low, self.high)
+        if moment + count * UNIT_SECONDS[self.unit] > LAST_INSTANT:
+            raise SpecError("the next run would be past the year 9999; choose a shorter interval")
+        return self._next_elapsed(moment, count) if self.is_elapsed else self._next_local(moment, count)
+
+    def _next_elapsed(self, moment: float, count: int) -> float:
+        size = UNIT_SECONDS[self.unit]
+        if self.at is None:
+            return moment + count * size
+        wall = moment + _utc_offset(moment)
+        due = moment + (wall // size * size + self.at - wall)
+        due = round(due) + (count * size if count != 1 else 0)
+        return due if due > moment else float(due + size)
+
+    def _next_local(self, moment: float, count: int) -> float:
+        wall = moment + _utc_offset(moment)
+        day, time_of_day = divmod(wall, DAY_SECONDS)
+        step = count * UNIT_SECONDS[self.unit] // DAY_SECONDS
+        if self.weekday is not None:
+            day += (self.weekday - (day + 3)) % 7  # 1970-01-01 was a Thursday
+        if count != 1:
+            day += step
+        at = time_of_day if self.at is None else self.at
+        due = _instant_of_wall(day * DAY_SECONDS + at)
+        while due <= moment:
+            day += step
+            due = _instant_of_wall(day * DAY_SECONDS + at)
+        return due
+
+    def resume_after(self, due: float, now: float, rng: Any = random) -> float:
+        """Return the first due time after `now` on the grid on which `due` lies, however many have passed.
+
+        Most of the missed ones are leapt over as intervals of the greatest length, which is a possible draw.
+        """
+        longest = self.high * UNIT_SECONDS[self.unit]
+        missed = int((now - due) // longest) - 2  # two less: a day of 25 hours, and the last steps are drawn
+        if missed > 0:
+            leap = due + missed * longest
+            due = leap if self.is_elapsed else leap + _utc_offset(due) - _utc_offset(leap)
+        while due <= now:
+            due = self.next_after(due, rng)
+        return due
+
+    def latest_after(self, moment: float) -> float:
+        """Return the latest instant that `next_after(moment)` can give: no due time may be further away."""
+        if self.is_elapsed:
+            return moment + self.high * UNIT_SECONDS[self.unit]
+        return self._replace(low=self.high).next_after(moment)
+
+
+class _Words:
+    """Hand out the words of a spec one by one, and complain about one in a way that helps."""
+
+    def __init__(self, text: str):
+        self.words = text.lower().split()
+        self.place = 0
+
+    def peek(self) -> str:
+        """Return the next word, or "" at the end."""
+        return self.words[self.place] if self.place < len(self.words) else ""
+
+    def take(self) -> str:
+        """Return the next word and step over it."""
+        word = self.peek()
+        self.place += 1
+        return word
+
+    def error(self, word: str, wanted: str) -> SpecError:
+        """Return the error that says what was wanted in the place of `word`."""
+        quoted = word if len(word) <= 40 else word[:37] + "..."
+        found = f"'{quoted}' does not fit" if word else "it ends too early"
+        return SpecError(f"schedule not understood: {found}: {wanted}. The forms are: {SPEC_FORMS}")
+
+    def take_number(self) -> int:
+        """Return the next word as a whole number from 1."""
+        word = self.take()
+        if not (word.isascii() and word.isdigit() and int(word[:20]) > 0):
+            raise self.error(word, "a whole number from 1 is wanted here")
+        if len(word) > 12:
+            raise self.error(word, "the next run would be past the year 9999")
+        return int(word)
+
+
+@functools.lru_cache(maxsize=1024)
+def parse_spec(text: str) -> Recurrence | None:
+    """Return when the spec says that a job is due; None is 'now'. Raise SpecError when it fits no form."""
+    if len(text) > SPEC_CHARACTERS:
+        raise SpecError(f"schedule not understood: it has more than {SPEC_CHARACTERS} characters")
+    words = _Words(text)
+    first = words.take()
+    if first == "now":
+        recurrence = None
+    elif first == "every":
+        recurrence = _parse_time(words, _parse_interval(words))
+    else:
+        raise words.error(first, "a schedule starts with 'now' or 'every'")
+    if words.peek():
+        raise words.error(words.peek(), "nothing may follow here")
+    return recurrence
+
+
+def _parse_interval(words: _Words) -> Recurrence:
+    if words.peek() in WEEKDAYS:
+        return Recurrence("week", weekday=WEEKDAYS.index(words.take()))
+    low = high = 1
+    ranged = False
+    if words.peek()[:1].isdigit():
+        low = high = words.take_number()
+        if ranged := words.peek() == "to":
+            words.take()
+            high = words.take_number()
+            if low > high:
+                raise words.error(str(high), f"the second number must not be below the first, {low}")
+    return Recurrence(_parse_unit(words, high, plural=ranged or high > 1), low, high)
+
+
+def _parse_unit(words: _Words, most: int, plural: bool) -> str:
+    word = words.take()
+    unit = word.removesuffix("s")
+    if unit not in UNIT_SECONDS or word not in (unit, unit + "s"):
+        raise words.error(word, "a number, a unit of time or a weekday is wanted here")
+    if plural and word == unit:
+        raise words.error(word, f"write '{' '.join(words.words[:words.place])}s'")
+    if most * UNIT_SECONDS[unit] > LAST_INSTANT:
+        raise words.error(str(most), "the next run would be past the year 9999")
+    return unit
+
+
+def _parse_time(words: _Words, recurrence: Recurrence) -> Recurrence:
+    if words.peek() != "at":
+        return recurrence
+    form = "day" if recurrence.weekday is not None else recurrence.unit
+    if form not in TIME_FORMS:
+        raise words.error(words.take(), f"'{form}s' take no time; only minutes, hours, days and weekdays do")
+    words.take()
+    word = words.take()
+    pattern, shown = TIME_FORMS[form]
+    match = re.fullmatch(pattern, word)
+    if match is None:
+        raise words.error(word, f"the time of '{form}s' is written {shown}")
+    numbers = [int(group) for group in match.groups() if group is not None]
+    limits = (24, 60, 60) if form == "day" else (60, 60)
+    if any(number >= limit for number, limit in zip(numbers, limits)):
+        raise words.error(word, "hours go from 00 to 23, minutes and seconds from 00 to 59")
+    scale = {"day": 3600, "hour": 60, "minute": 1}[form]  # what the first number counts; each next one a 60th of it
+    return recurrence._replace(at=sum(n * scale // 60**place for place, n in enumerate(numbers)))
+
+
+# ---- 3. Records ------------------------------------------------------------------------------------------------------
+
+
+class Status(str, Enum):
+    """Where a job is in its life."""
+
+    SCHEDULED = "SCHEDULED"
+    PENDING = "PENDING"
+    RUNNING = "RUNNING"
+    SUCCESSFUL = "SUCCESSFUL"
+    FAILED = "FAILED"
+    CANCELED = "CANCELED"
+
+
+class Actor(str, Enum):
+    """Who asked for a run."""
+
+    USER = "USER"
+    SCHEDULER = "SCHEDULER"
+
+
+ACTIVE = (Status.SCHEDULED, Status.PENDING, Status.RUNNING)
+COMPLETED = (Status.SUCCESSFUL, Status.FAILED, Status.CANCELED)
+TRANSITIONS = {  # RUNNING goes back to PENDING when the daemon stops or dies under it
+    Status.SCHEDULED: (Status.CANCELED, Status.FAILED),
+    Status.PENDING: (Status.RUNNING, Status.CANCELED, Status.FAILED),
+    Status.RUNNING: (Status.SUCCESSFUL, Status.FAILED, Status.CANCELED, Status.PENDING),
+}
+
+
+def local_time(moment: float) -> str:
+    """Return POSIX seconds as local time with six decimals, like `2017-12-11 15:20:42.415793`."""
+    whole, micro = divmod(round(moment * 1_000_000), 1_000_000)
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(whole)) + f".{micro:06d}"
+
+
+class Job(NamedTuple):
+    """One scheduled, waiting, running or finished job. Times are POSIX seconds."""
+
+    identifier: str
+    status: Status
+    actor: Actor
+    schedule: str
+    project: str
+    spider: str
+    timestamp: float
+    description: str = ""
+    payload: str = "{}"
+    origin: float = 0.0  # when it was made: gives `every day` its time of day
+    due: float | None = None  # of a SCHEDULED job
+    run: str | None = None  # of a SCHEDULED job: the job that it made last
+    duration: int | None = None
+    exit_code: int | None = None
+    reason: str | None = None
+    cancel: bool = False  # of a RUNNING job: it has been told to end
+    pid: int | None = None
+    pid_created: float | None = None
+
+    def view(self) -> dict[str, Any]:
+        """Return what the API says of the job."""
+        return {
+            "identifier": self.identifier, "status": self.status.value, "actor": self.actor.value,
+            "schedule": self.schedule, "project": self.project, "spider": self.spider,
+            "description": self.description, "payload": self.payload,
+            "timestamp": local_time(self.timestamp), "duration": self.duration,
+            "next_run": None if self.due is None else local_time(self.due),
+            "exit_code": self.exit_code, "reason": self.reason,
+        }  # fmt: skip
+
+    def recurrence(self) -> Recurrence:
+        """Return when the job is due. Raise SpecError for a spec that does not parse, or that is 'now'."""
+        recurrence = parse_spec(self.schedule)
+        if recurrence is None:
+            raise SpecError("'now' is not a recurring schedule")
+        return recurrence.anchored(self.origin)
+
+
+class Project(NamedTuple):
+    """One pushed project."""
+
+    name: str
+    spiders: tuple[str, ...]
+    archive: str  # names the push that it came with
+    folder: str  # of scrapy.cfg inside the archive, "" for its root
+    settings: str  # the settings module that scrapy.cfg names, "" for none
+
+
+Record = Job | Project
+FIELD_TYPES: dict[str, type] = {  # all other fields are str
+    "status": Status, "actor": Actor, "timestamp": float, "origin": float, "due": float, "duration": int,
+    "exit_code": int, "cancel": bool, "pid": int, "pid_created": float, "spiders": list,
+}  # fmt: skip
+
+
+def encode_line(key: str, record: Record) -> bytes:
+    """Return the record as a member of a JSON object, on one line."""
+    fields = {name: value for name, value in record._asdict().items() if value is not None}
+    return f"{json.dumps(key, ensure_ascii=False)}: {json.dumps(fields, ensure_ascii=False)}".encode()
+
+
+def decode_record(kind: type[Any], fields: Any) -> Any:
+    """Return the record that a JSON object describes. Raise ValueError that says which field is wrong."""
+    if not isinstance(fields, dict):
+        raise ValueError(f"{fields!r:.40} is not an object")
+    if unknown := sorted(fields.keys() - set(kind._fields)):
+        raise ValueError(f"there is no field '{unknown[0]}'")
+    if missing := [name for name in kind._fields if name not in fields and name not in kind._field_defaults]:
+        raise ValueError(f"the field '{missing[0]}' is missing")
+    return kind(**{name: _decode_field(name, value) for name, value in fields.items()})
+
+
+def _decode_field(name: str, value: Any) -> Any:
+    wanted: Any = FIELD_TYPES.get(name, str)
+    if wanted is float and type(value) is int:
+        value = float(value)
+    if issubclass(wanted, Enum):
+        return wanted(value)
+    if type(value) is not wanted or wanted is float and not 0 <= value <= LAST_INSTANT:
+        raise ValueError(f"the field '{name}' cannot be {value!r:.40}")
+    if wanted is list and not all(type(item) is str for item in value):
+        raise ValueError(f"the field '{name}' must hold strings")
+    return tuple(value) if wanted is list else value
+
+
+# ---- 4. Store --------------------------------------------------------------------------------------------------------
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in a folder durable, see fsync(2)."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def remove_tree(path: Path) -> None:
+    """Delete a file, or a folder with all it holds, as far as that is possible."""
+    if path.is_symlink() or not path.is_dir():
+        return path.unlink(missing_ok=True)
+    shutil.rmtree(path, ignore_errors=True)
+    if path.exists():  # a crawl may have left folders that even their owner cannot write to
+        path.chmod(stat.S_IRWXU)
+        for root, folders, _ in os.walk(path):
+            for name in folders:
+                with contextlib.suppress(OSError):
+                    os.chmod(os.path.join(root, name), stat.S_IRWXU, follow_symlinks=False)
+        shutil.rmtree(path, ignore_errors=True)
+
+
+class Store:
+    """The data directory: its lock, the state file, archives, logs and work folders.
+
+    Only the writer calls `write`. Each record's line is kept until the record changes, so that a write costs one join.
+    """
+
+    VERSION = 1
+
+    def __init__(self, folder: Path):
+        """Create and lock the folder. Raise StorageError when it is in use or cannot be written."""
+        self.folder = folder
+        self.state_file = folder / "state.json"
+        self.projects, self.logs, self.work = folder / "projects", folder / "logs", folder / "work"
+        self.spider_data = folder / "spider-data"
+        self.is_behind = False  # the file lacks changes that have happened
+        self._lines: dict[str, dict[str, bytes]] = {"projects": {}, "jobs": {}}
+        try:
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._lock = self._take_lock()
+            remove_tree(self.work)
+            for path in (self.projects, self.logs, self.work, self.spider_data):
+                path.mkdir(mode=0o700, exist_ok=True)
+        except OSError as error:
+            raise StorageError(f"the data folder {folder} cannot be used: {error}; see --data-dir") from None
+
+    def _take_lock(self) -> int:
+        descriptor = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(descriptor)
+            raise StorageError(
+                f"another scrapy_do is using the data folder {self.folder}; stop it, or choose another --data-dir"
+            ) from None
+        return descriptor
+
+    def close(self) -> None:
+        """Let go of the folder."""
+        os.close(self._lock)
+
+    def load(self) -> tuple[dict[str, Project], dict[str, Job]]:
+        """Return the saved records, the jobs in the order in which they were made.
+
+        Raise StorageError that names the file when it is not one that this version has written. What an interrupted
+        change left behind is put right: a pushed archive gets its name, everything that no record knows is deleted.
+        """
+        try:
+            document = json.loads(self.state_file.read_bytes()) if self.state_file.exists() else {"version": 1}
+            if not isinstance(document, dict) or type(document.get("version")) is not int:
+                raise ValueError("it is not an object with a 'version'")
+            if document["version"] != self.VERSION:
+                raise ValueError(f"it has version {document['version']}, this scrapy_do knows {self.VERSION}")
+            projects = self._decode(Project, "name", document.get("projects", {}))
+            jobs = self._decode(Job, "identifier", document.get("jobs", {}))
+            self._sweep(projects, jobs)
+        except (OSError, ValueError, RecursionError) as error:
+            message = f"{self.state_file} cannot be read: {error}. It was left as it is; mend it or move it away"
+            raise StorageError(message) from None
+        self._lines["projects"] = {name: encode_line(name, project) for name, project in projects.items()}
+        self._lines["jobs"] = {identifier: encode_line(identifier, job) for identifier, job in jobs.items()}
+        return projects, jobs
+
+    def _decode(self, kind: type[Any], key_name: str, section: Any) -> dict[str, Any]:
+        records = {}
+        if not isinstance(section, dict):
+            raise ValueError("'projects' and 'jobs' must be objects")
+        for key, fields in section.items():
+            try:
+                records[key] = decode_record(kind, fields)
+                if getattr(records[key], key_name) != key:
+                    raise ValueError(f"its {key_name} is another")
+            except ValueError as error:
+                raise ValueError(f"{kind.__name__.lower()} '{key}': {error}") from None
+        return records
+
+    def _sweep(self, projects: Mapping[str, Project], jobs: Mapping[str, Job]) -> None:
+        for project in projects.values():
+            if (staged := self.staged_archive(project)).exists():
+                staged.replace(self.archive(project.name))
+        archives = {self.archive(name) for name in projects}
+        for path in [*self.projects.glob("*.zip"), *self.projects.glob("*.new"), self.folder / "state.json.new"]:
+            if path not in archives:
+                remove_tree(path)
+        for path in [*self.logs.glob("*.out"), *self.logs.glob("*.err")]:
+            if path.stem not in jobs:
+                remove_tree(path)
+
+    def archive(self, name: str) -> Path:
+        """Return where a project's archive is kept."""
+        return self.projects / f"{name}.zip"
+
+    def staged_archive(self, project: Project) -> Path:
+        """Return where a pushed archive waits until the state file has its project."""
+        return self.projects / f"{project.name}.{project.archive}.new"
+
+    def log_file(self, identifier: str, stream: str) -> Path:
+        """Return the log of a job: `stream` is out or err."""
+        return self.logs / f"{identifier}.{stream}"
+
+    def new_work_path(self) -> Path:
+        """Return a path in the work folder that nobody else uses."""
+        return self.work / str(uuid.uuid4())
+
+    def write(self, changed: Mapping[tuple[str, str], Record | None], keep: bool = False) -> None:
+        """Save changed records, None for a deleted one, and return when they are on the disk.
+
+        Raise StorageError when the disk does not take them; they are then forgotten, or with `keep` remembered for the
+        next write, since they have happened.
+        """
+        former = {(section, key): self._lines[section].get(key) for section, key in changed}
+        self._apply({place: encode_line(place[1], record) if record else None for place, record in changed.items()})
+        try:
+            self._replace_state_file()
+            self.is_behind = False
+        except OSError as error:
+            if not keep:
+                self._apply(former)
+            self.is_behind = True  # also then: a rename without its fsync may have reached the disk
+            raise StorageError(f"the change was not saved, {self.folder} cannot be written: {error}") from None
+
+    def _apply(self, lines: Mapping[tuple[str, str], bytes | None]) -> None:
+        for (section, key), line in lines.items():
+            if line is None:
+                self._lines[section].pop(key, None)
+            else:
+                self._lines[section][key] = line
+
+    def _replace_state_file(self) -> None:
+        """Write beside, sync, rename, sync the folder: after a crash the file is the old one or the new one."""
+        temporary = self.folder / "state.json.new"
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600)
+        with open(descriptor, "wb", buffering=0) as file:
+            document = memoryview(self._document())
+            while document:
+                document = document[file.write(document) :]
+            os.fsync(descriptor)
+        os.replace(temporary, self.state_file)
+        sync_folder(self.folder)
+
+    def _document(self) -> bytes:
+        """Return the state as one JSON object with a line for each record."""
+        parts = [b'{"version": %d' % self.VERSION]
+        for section, lines in self._lines.items():
+            parts.append(b'"%s": {\n%s\n}' % (section.encode(), b",\n".join(lines.values())))
+        return b",\n".join(parts) + b"}\n"
+
+
+# ---- 5. Crawls -------------------------------------------------------------------------------------------------------
+
+NAME_PATTERN = re.compile(r"[^\W][\w.-]{0,99}|_[\w.-]{0,99}")
+NAME_BYTES = 200  # a file name has at most 255, and the archive's has more than the project's
+LIST_MODULE = "scrapy_do_spiders"
+LIST_SETTINGS = """
+from importlib import import_module
+from scrapy.utils.misc import load_object
+
+print({mark!r})
+if {settings!r}:
+    project = vars(import_module({settings!r}))
+    globals().update({{name: value for name, value in project.items() if name.isupper()}})
+loader = load_object(globals().get("SPIDER_LOADER_CLASS", "scrapy.spiderloader.SpiderLoader"))
+
+class Marked(loader):
+    def list(self):
+        return [{mark!r} + name for name in super().list()]
+
+SPIDER_LOADER_CLASS = "{module}.Marked"
+"""
+
+
+class Layout(NamedTuple):
+    """What `scrapy.cfg` says of an unpacked project."""
+
+    name: str
+    folder: str
+    settings: str
+
+
+def unpack(archive: Path, folder: Path) -> Layout:
+    """Unpack a pushed archive into a new folder and return what its `scrapy.cfg` says.
+
+    Raise BadRequest or TooLarge with the reason when it is not a project or not harmless; the folder may then exist.
+    """
+    import zipfile  # 30 ms that a start should not wait for
+    import zlib
+
+    refusals = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, ValueError)
+    try:
+        with zipfile.ZipFile(archive) as bundle:
+            entries = bundle.infolist()
+            check_entries(entries)
+            budget = ARCHIVE_BYTES
+            folder.mkdir(mode=0o700)
+            for entry in entries:
+                with bundle.open(entry) as source:
+                    budget -= extract(entry, source, folder, budget)
+    except refusals as error:
+        raise BadRequest(f"the archive is not a sound zip file: {error}") from None
+    except OSError as error:
+        if error.errno in (errno.ENAMETOOLONG, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.EILSEQ, errno.EINVAL):
+            raise BadRequest(f"the archive holds a path that cannot be: {error}") from None
+        raise StorageError(f"the archive cannot be unpacked: {error}") from None
+    return read_layout(folder, [entry.filename for entry in entries])
+
+
+def check_entries(entries: list[Any]) -> None:
+    """Raise BadRequest or TooLarge for a list of zip entries that no honest project has."""
+    if len(entries) > ARCHIVE_ENTRIES:
+        raise TooLarge(f"the archive has {len(entries)} entries; at most {ARCHIVE_ENTRIES} are allowed")
+    files: set[tuple[str, ...]] = set()
+    folders: set[tuple[str, ...]] = set()
+    for entry in entries:
+        name, kind = entry.filename, stat.S_IFMT(entry.external_attr >> 16)
+        parts = tuple(name.rstrip("/").split("/"))
+        if "\0" in entry.orig_filename or "\\" in name or any(part in ("", ".", "..") for part in parts):
+            raise BadRequest(f"the archive holds an unsafe path, {name!r:.100}")
+        if kind not in (0, stat.S_IFREG, stat.S_IFDIR):
+            raise BadRequest(f"the archive holds {name!r:.100}, which is neither a file nor a folder; links are refused")
+        if entry.flag_bits & 1 or entry.compress_type not in (0, 8):
+            raise BadRequest(f"the archive holds {name!r:.100} encrypted or not compressed by 'deflate'; zip it plainly")
+        if parts in files or len(parts) > FOLDER_DEPTH:
+            raise BadRequest(f"the archive holds {name!r:.100} twice or too deep")
+        files.add(parts)
+        folders.update(parts[:depth] for depth in range(1, len(parts)))
+    if len(files | folders) > ARCHIVE_ENTRIES:
+        raise TooLarge(f"the archive has more than {ARCHIVE_ENTRIES} files and folders")
+
+
+def extract(entry: Any, source: IO[bytes], folder: Path, budget: int) -> int:
+    """Write one zip entry below a folder and return its size. Raise TooLarge past `budget` bytes.
+
+    What counts is what comes out: the sizes in the archive may lie. Permissions survive, set-user-id bits do not.
+    """
+    path = folder / entry.filename
+    mode = (entry.external_attr >> 16) & 0o777 if entry.create_system == 3 else 0
+    if entry.is_dir():
+        path.mkdir(parents=True, exist_ok=True)
+        path.chmod((mode or 0o755) | stat.S_IRWXU)
+        return 0
+    path.parent.mkdir(parents=True, exist_ok=True)
+    size = 0
+    with open(path, "xb") as target:
+        while chunk := source.read(MIB):
+            size += len(chunk)
+            if size > budget:
+                raise TooLarge(f"the archive unpacks to more than {ARCHIVE_BYTES // MIB} MiB")
+            target.write(chunk)
+    path.chmod((mode or 0o644) | stat.S_IRUSR | stat.S_IWUSR)
+    return size
+
+
+def read_layout(folder: Path, names: list[str]) -> Layout:
+    """Find and read the one `scrapy.cfg` of an unpacked archive. Raise BadRequest when that fails."""
+    import configparser
+
+    found = [name for name in names if name.split("/")[-1] == "scrapy.cfg"]
+    if len(found) != 1:
+        listed = f"several scrapy.cfg: {', '.join(found[:5])}" if found else "no scrapy.cfg"
+        raise BadRequest(f"the archive has {listed}; it must hold one project with one scrapy.cfg")
+    if found[0].count("/") > 1:
+        raise BadRequest(f"{found[0]} is too deep; scrapy.cfg must be at the root of the archive or one folder down")
+    config = configparser.ConfigParser(interpolation=None)
+    try:
+        config.read_string((folder / found[0]).read_text(encoding="utf-8-sig"))
+        name = config.get("deploy", "project", fallback="").strip()
+    except (configparser.Error, UnicodeDecodeError) as error:
+        raise BadRequest(f"scrapy.cfg cannot be read: {error}") from None
+    if not name:
+        raise BadRequest("scrapy.cfg does not name the project; it needs a section [deploy] with a line 'project = NAME'")
+    if not NAME_PATTERN.fullmatch(name) or len(name.encode()) > NAME_BYTES:
+        raise BadRequest(
+            f"the project's name {name!r:.120} is not allowed: use letters, digits, '_', '-' and '.', at most 100, "
+            "the first not '.' or '-'"
+        )
+    settings = config.get("settings", name, fallback=config.get("settings", "default", fallback=""))
+    return Layout(name, os.path.dirname(found[0]), settings.strip())
+
+
+def copy_tree(source: Path, target: Path) -> None:
+    """Make a working copy: `.py` files are hard links, since crawls read them, all others are copies."""
+
+    def link_or_copy(old: str, new: str) -> None:
+        if old.endswith(".py"):
+            with contextlib.suppress(OSError):
+                return os.link(old, new)
+        shutil.copy2(old, new)
+
+    shutil.copytree(source, target, copy_function=link_or_copy)
+
+
+class Crawl:
+    """A started command with everything that descends from it.
+
+    What belongs to it is told by its session or by `SCRAPY_JOB` in its environment, which also a process that left
+    the session and lost its parents still has.
+    """
+
+    def __init__(self, command: list[str], folder: Path, environment: dict[str, str], out: Path, err: Path):
+        """Start the command; its output goes to new files. Raise OSError or ValueError when that fails."""
+        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW
+        with contextlib.ExitStack() as stack:
+            streams = [stack.enter_context(open(os.open(path, flags, 0o600), "wb")) for path in (out, err)]
+            self._process = subprocess.Popen(
+                [word.encode() for word in command],  # UTF-8, whatever the locale of the daemon
+                cwd=folder, env=environment, stdin=subprocess.DEVNULL, stdout=streams[0], stderr=streams[1],
+                start_new_session=True,
+            )  # fmt: skip
+        self.pid = self._process.pid
+        self.is_over = False
+        self._mark = f"SCRAPY_JOB={environment['SCRAPY_JOB']}".encode()
+
+    def created(self) -> float | None:
+        """Return when the process was created, in POSIX seconds as psutil has them; None when it has ended."""
+        try:
+            return psutil.Process(self.pid).create_time()
+        except psutil.Error:
+            return None
+
+    def wait(self) -> int:
+        """Return the exit code of the command, -N for signal N, after ending all that it left behind.
+
+        The dead process is looked at before it is reaped, see waitid(2): while it is a zombie nobody can get its
+        number, so a signal to its session cannot meet a stranger.
+        """
+        os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT)
+        self.is_over = True
+        end_processes(lambda: find_processes(lambda pid: pid != self.pid and self._owns(pid)))
+        return self._process.wait()
+
+    def signal(self, number: int) -> None:
+        """Send a signal to the whole tree."""
+        for process in find_processes(self._owns):
+            with contextlib.suppress(psutil.Error):
+                process.send_signal(number)
+
+    def _owns(self, pid: int) -> bool:
+        return os.getsid(pid) == self.pid or self._mark in read_environment(pid)
+
+
+def read_environment(pid: int) -> list[bytes]:
+    """Return the environment that a process was started with. Raise OSError or psutil.Error when it is hidden."""
+    if sys.platform == "linux":  # psutil takes ten times as long
+        with open(f"/proc/{pid}/environ", "rb", buffering=0) as file:
+            return file.readall().split(b"\0")
+    return [f"{name}={value}".encode() for name, value in psutil.Process(pid).environ().items()]
+
+
+def find_processes(belongs: Callable[[int], bool]) -> set[psutil.Process]:
+    """Return the living processes of which `belongs` is true, with all their descendants."""
+    found: set[psutil.Process] = set()
+    for pid in psutil.pids():
+        with contextlib.suppress(OSError, psutil.Error):
+            if pid != os.getpid() and belongs(pid):
+                process = psutil.Process(pid)
+                found |= {process, *process.children(recursive=True)}
+    return {process for process in found if is_alive(process)}
+
+
+def is_alive(process: psutil.Process) -> bool:
+    """Tell whether a process still runs; a zombie does not."""
+    try:
+        return bool(process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.Error:
+        return False
+
+
+def end_processes(find: Callable[[], set[psutil.Process]]) -> None:
+    """Kill what `find` finds until it finds no more: a process may fork while its parent is being killed."""
+    for _ in range(20):
+        found = find()
+        if not found:
+            return
+        for process in found:
+            with contextlib.suppress(psutil.Error):
+                process.kill()
+        psutil.wait_procs(found, timeout=0.5)
+    log(f"some processes cannot be killed: {', '.join(str(process.pid) for process in found)}")
+
+
+def read_spiders(output: str, mark: str) -> list[str]:
+    """Return the sorted spiders that `scrapy list` printed, without what the project printed beside them.
+
+    Scrapy prints the mark before each name, see LIST_SETTINGS; a launcher that knows nothing of it prints names only.
+    """
+    lines = output.splitlines()
+    if mark in output:
+        lines = [line.partition(mark)[2] for line in lines]
+    return sorted({line.strip() for line in lines} - {""})
+
+
+# ---- 6. Timer --------------------------------------------------------------------------------------------------------
+
+
+class Clock:
+    """The real clocks; tests have their own."""
+
+    def time(self) -> float:
+        """Return POSIX seconds."""
+        return time.time()
+
+    def monotonic(self) -> float:
+        """Return seconds that nobody can set."""
+        return time.monotonic()
+
+    def wait(self, condition: threading.Condition, seconds: float | None) -> None:
+        """Wait on a condition that the caller holds; None is for ever."""
+        condition.wait(seconds)
+
+
+class Agenda:
+    """Keys with an instant each, the earliest first."""
+
+    def __init__(self) -> None:
+        self._instants: dict[Any, float] = {}
+        self._heap: list[tuple[float, Any]] = []
+
+    def put(self, key: Any, instant: float) -> None:
+        """Set or change the instant of a key."""
+        if self._instants.get(key) == instant:
+            return
+        self._instants[key] = instant
+        heapq.heappush(self._heap, (instant, key))
+        if len(self._heap) > 2 * len(self._instants) + 64:  # mostly stale: changed or dropped
+            self._heap = [(instant, key) for key, instant in self._instants.items()]
+            heapq.heapify(self._heap)
+
+    def drop(self, key: Any) -> None:
+        """Forget a key, if it is there."""
+        self._instants.pop(key, None)
+
+    def first(self) -> float | None:
+        """Return the earliest instant; None when there is none."""
+        while self._heap and self._instants.get(self._heap[0][1]) != self._heap[0][0]:
+            heapq.heappop(self._heap)
+        return self._heap[0][0] if self._heap else None
+
+    def pop_due(self, now: float) -> list[Any]:
+        """Remove and return the keys whose instant has come, in order."""
+        due = []
+        while (first := self.first()) is not None and first <= now:
+            due.append(heapq.heappop(self._heap)[1])
+            del self._instants[due[-1]]
+        return due
+
+
+class Timer:
+    """Call back when the time of a key has come: `at` a POSIX time that follows the system clock, or `after` a delay.
+
+    `on_due(key)` and `on_deadline(key)` are called in the timer's thread and must be quick; `on_clock_set_back()` is
+    called within a minute after the system clock was set back by more than a second.
+    """
+
+    def __init__(
+        self,
+        on_due: Callable[[str], None],
+        on_deadline: Callable[[str], None],
+        on_clock_set_back: Callable[[], None],
+        clock: Clock,
+    ):
+        self._on_due, self._on_deadline, self._on_clock_set_back = on_due, on_deadline, on_clock_set_back
+        self._clock = clock
+        self._wake = threading.Condition()  # guards all below
+        self._dues, self._deadlines = Agenda(), Agenda()
+        self._lead = clock.time() - clock.monotonic()
+        self._closed = False
+        self._thread = threading.Thread(target=self._run, name="timer", daemon=True)
+
+    def start(self) -> None:
+        """Start the thread."""
+        self._thread.start()
+
+    def close(self) -> None:
+        """End the thread and wait for it."""
+        with self._wake:
+            self._closed = True
+            self._wake.notify()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def at(self, key: str, moment: float) -> None:
+        """Call `on_due(key)` at a POSIX time."""
+        self._put(self._dues, key, moment)
+
+    def after(self, key: str, seconds: float) -> None:
+        """Call `on_deadline(key)` after so many seconds."""
+        self._put(self._deadlines, key, self._clock.monotonic() + seconds)
+
+    def drop(self, key: str) -> None:
+        """Forget a key: neither callback will be called for it, but for one that is being called now."""
+        with self._wake:
+            self._dues.drop(key)
+            self._deadlines.drop(key)
+
+    def _put(self, agenda: Agenda, key: str, instant: float) -> None:
+        with self._wake:
+            before = agenda.first()
+            agenda.put(key, instant)
+            if before is None or instant < before:
+                self._wake.notify()
+
+    def _run(self) -> None:
+        while not self._closed:
+            with self._wake:
+                was_set_back = self._notice_clock_set_back()
+                due = self._dues.pop_due(self._clock.time())
+                late = self._deadlines.pop_due(self._clock.monotonic())
+                if not (due or late or was_set_back or self._closed):
+                    self._clock.wait(self._wake, self._seconds_to_wait())
+            if was_set_back:
+                self._call(self._on_clock_set_back)
+            for key in late:
+                self._call(self._on_deadline, key)
+            for key in due:
+                self._call(self._on_due, key)
+
+    def _notice_clock_set_back(self) -> bool:
+        lead, self._lead = self._lead, self._clock.time() - self._clock.monotonic()
+        return lead - self._lead > 1.0
+
+    def _seconds_to_wait(self) -> float | None:
+        due, deadline = self._dues.first(), self._deadlines.first()
+        waits = [] if due is None else [due - self._clock.time(), CLOCK_CHECK_SECONDS]
+        if deadline is not None:
+            waits.append(deadline - self._clock.monotonic())
+        return max(0.0, min(waits)) if waits else None
+
+    def _call(self, callback: Callable[..., None], *key: str) -> None:
+        try:
+            callback(*key)
+        except Exception:  # one bad key must not stop the others
+            log_crash(f"the timer's call for {key}")
+
+
+# ---- 7. Daemon -------------------------------------------------------------------------------------------------------
+
+
+class Draft:
+    """The records as they will be when the batch of changes that is being made is on the disk."""
+
+    def __init__(self, projects: Mapping[str, Project], jobs: Mapping[str, Job], now: float):
+        self._projects, self._jobs = projects, jobs
+        self.now = now
+        self.changed: dict[tuple[str, str], Record | None] = {}
+        self.events: list[str] = []  # log lines
+        self.skipped = 0
+        self.afterwards: list[Callable[[], None]] = []  # what follows on the disk, in order; may be done again
+
+    def find_project(self, name: str) -> Project:
+        """Return a project. Raise NotFound when there is none of that name."""
+        project = self.changed.get(("projects", name), self._projects.get(name))
+        if not isinstance(project, Project):
+            raise NotFound(f"there is no project '{name}'; list-projects.json shows those there are")
+        return project
+
+    def find_job(self, identifier: str) -> Job:
+        """Return a job. Raise NotFound when there is none of that identifier."""
+        job = self.changed.get(("jobs", identifier), self._jobs.get(identifier))
+        if not isinstance(job, Job):
+            raise NotFound(f"there is no job '{identifier}'; list-jobs.json shows those there are")
+        return job
+
+    def is_pending(self, identifier: str | None) -> bool:
+        """Tell whether there is a job of that identifier that waits for a slot."""
+        job = self.changed.get(("jobs", identifier or ""), self._jobs.get(identifier or ""))
+        return isinstance(job, Job) and job.status is Status.PENDING
+
+    def active_jobs(self, project: str) -> list[Job]:
+        """Return the jobs of a project that have not ended."""
+        records = {**self._jobs, **{key: record for (_, key), record in self.changed.items()}}
+        jobs = [record for record in records.values() if isinstance(record, Job)]
+        return [job for job in jobs if job.project == project and job.status in ACTIVE]
+
+    def put(self, record: Record) -> None:
+        """Add or replace a record."""
+        if isinstance(record, Job):
+            self.changed["jobs", record.identifier] = record
+        else:
+            self.changed["projects", record.name] = record
+
+    def move(self, job: Job, status: Status, event: str = "", **fields: Any) -> Job:
+        """Change the status of a job, the only place where that happens, and return the job as it is then."""
+        if status not in TRANSITIONS.get(job.status, ()):
+            raise Conflict(f"job {job.identifier} is {job.status.value} and cannot become {status.value}")
+        job = job._replace(status=status, timestamp=self.now, due=None, cancel=False, pid=None, pid_created=None)
+        job = job._replace(**fields)
+        self.put(job)
+        self.events.append(f"job {job.identifier} is {status.value}{event}: {job.project} {job.spider}")
+        return job
+
+
+class Change:
+    """A function of the draft that is to be saved, and what came of it.
+
+    The function raises before it puts anything into the draft, or not at all. A fact is what has happened already: if
+    the disk does not take it, it is remembered and saved later, while other changes are then undone and refused.
+    """
+
+    def __init__(self, make: Callable[[Draft], Any], is_fact: bool):
+        self.make, self.is_fact = make, is_fact
+        self.result: Any = None
+        self.error: Exception | None = None
+        self.done = threading.Event()
+
+    def run(self, draft: Draft) -> None:
+        """Make the change in the draft; an exception becomes the outcome."""
+        self.error = None
+        try:
+            self.result = self.make(draft)
+        except ScrapyDoError as error:
+            self.error = error
+        except Exception as error:
+            log_crash("a change")
+            self.error = error
+
+
+class Run:
+    """What the daemon knows of a RUNNING job beside its record."""
+
+    def __init__(self) -> None:
+        self.crawl: Crawl | None = None  # None until it has started
+        self.is_interrupted = False  # the daemon is stopping: the job shall run again
+        self.ended = threading.Event()  # set when the job is no longer RUNNING
+
+
+def stage_archive(upload: Path, staged: Path) -> None:
+    """Make a pushed archive durable under the name that only its project's new record knows."""
+    try:
+        with open(upload, "rb") as file:
+            os.fsync(file.fileno())
+        upload.replace(staged)
+        sync_folder(staged.parent)
+    except OSError as error:
+        raise StorageError(f"the archive was not saved: {error}") from None
+
+
+class Tree:
+    """An unpacked project; it is deleted when a newer one has replaced it and nobody copies it any more."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.users = 0
+        self.is_current = True
+
+
+class Settings(NamedTuple):
+    """What the command line says of the daemon. Times are seconds."""
+
+    scrapy: tuple[str, ...] = (sys.executable, "-m", "scrapy")
+    job_slots: int = 3
+    completed_cap: int = 50
+    kill_after: float = 10.0
+    list_timeout: float = 60.0
+
+
+class Daemon:
+    """Keep projects and jobs, and run the crawls: all that the API can ask for.
+
+    Public methods may be called from any thread. They hand out plain dictionaries, and return from a change when it is
+    on the disk; they raise a ScrapyDoError when it is refused, and then nothing has changed.
+    """
+
+    def __init__(self, store: Store, settings: Settings, clock: Clock | None = None, start_crawl: Any = Crawl):
+        self._store, self._settings, self._start_crawl = store, settings, start_crawl
+        self._clock = clock or Clock()
+        self._timer = Timer(self._on_due, self._on_deadline, self._on_clock_set_back, self._clock)
+        self._process = psutil.Process()
+        self._process.cpu_percent()
+        self._began = self._clock.monotonic()
+
+        self._lock = threading.Lock()  # guards everything below; see the head of the file
+        self._job_waits = threading.Condition(self._lock)
+        self._change_waits = threading.Condition(self._lock)
+        self._projects: dict[str, Project] = {}
+        self._jobs: dict[str, Job] = {}
+        self._by_status: dict[Status, dict[str, None]] = {status: {} for status in Status}
+        self._completed: dict[str, None] = {}  # the oldest first
+        self._counts = {"run": 0, "successful": 0, "failed": 0, "canceled": 0, "skipped": 0}
+        self._runs: dict[str, Run] = {}
+        self._trees: dict[str, Tree] = {}
+        self._listings: dict[str, Crawl] = {}
+        self._changes: list[Change] = []
+        self._is_closing = False
+        self._is_writer_done = False
+
+        self._writer = threading.Thread(target=self._write_changes, name="writer", daemon=True)
+        self._slots = [
+            threading.Thread(target=self._run_slot, name=f"slot-{number}", daemon=True)
+            for number in range(1, settings.job_slots + 1)
+        ]
+
+    # Start and stop
+
+    def start(self) -> None:
+        """Load the state, end what a former daemon left running, and go to work. Raise StorageError for a bad state."""
+        projects, jobs = self._store.load()
+        self._end_leftovers(jobs.values())
+        draft = Draft(projects, jobs, self._clock.time())
+        for job in list(jobs.values()):
+            self._recover(draft, job)
+        changed = draft.changed
+        jobs.update({key: job for (_, key), job in changed.items() if isinstance(job, Job)})
+        with self._lock:
+            self._projects.update(projects)
+            self._jobs.update(jobs)  # in the order of the file, which is that of their making
+            for job in sorted(jobs.values(), key=lambda job: job.status in COMPLETED and job.timestamp):
+                self._index_locked(job)
+        self._writer.start()
+        self._commit(lambda draft: self._save_recovered(draft, changed), is_fact=True)
+        for event in draft.events:
+            log(event)
+        self._timer.start()
+        for slot in self._slots:
+            slot.start()
+
+    def _save_recovered(self, draft: Draft, changed: dict[tuple[str, str], Record | None]) -> None:
+        draft.changed.update(changed)
+        self._purge(draft)
+
+    def _end_leftovers(self, jobs: Iterable[Job]) -> None:
+        """End the crawls of a daemon that was killed: they are known by their number, or by our folder."""
+        mark = f"SPIDER_DATA_DIR={self._store.spider_data}".encode()
+        created = {job.pid: job.pid_created for job in jobs if job.status is Status.RUNNING}
+
+        def is_leftover(pid: int) -> bool:
+            if pid in created and psutil.Process(pid).create_time() == created[pid]:
+                return True
+            return mark in (environment := read_environment(pid)) and any(e[:11] == b"SCRAPY_JOB=" for e in environment)
+
+        end_processes(lambda: find_processes(is_leftover))
+
+    def _recover(self, draft: Draft, job: Job) -> None:
+        """Put right what the last daemon could not finish."""
+        if job.status is Status.RUNNING and job.cancel:
+            draft.move(job, Status.CANCELED, reason="canceled by the user")
+        elif job.status is Status.RUNNING:
+            draft.move(job, Status.PENDING, " again, since the daemon died under it")
+        elif job.status is Status.SCHEDULED:
+            self._recover_schedule(draft, job)
+
+    def _recover_schedule(self, draft: Draft, job: Job) -> None:
+        try:
+            due, latest = job.due, job.recurrence().latest_after(draft.now)
+            if due is None or due > latest:
+                draft.put(job._replace(due=job.recurrence().next_after(draft.now)))
+        except SpecError as error:
+            draft.move(job, Status.FAILED, reason=str(error))
+
+    def close(self) -> None:
+        """End the crawls, whose jobs become PENDING again, save the state, and end all threads."""
+        with self._lock:
+            self._is_closing = True
+            self._job_waits.notify_all()
+            runs = {key: run for key, run in self._runs.items() if run.crawl and not run.crawl.is_over}
+            for run in runs.values():
+                run.is_interrupted = True
+            listings = list(self._listings.values())
+        for crawl in listings:
+            crawl.signal(signal.SIGKILL)
+        for identifier, run in runs.items():
+            self._end_run(identifier, run)
+        for thread in self._slots:
+            if thread.is_alive():
+                thread.join()
+        self._timer.close()
+        with self._lock:
+            self._is_writer_done = True
+            self._change_waits.notify()
+        if self._writer.is_alive():
+            self._writer.join()
+
+    # Changes: one writer for all, see the head of the file
+
+    def _commit(self, make: Callable[[Draft], T], is_fact: bool = False, wait: bool = True) -> T:
+        """Have a change made and saved, and return what `make` returned; with `wait` false return None at once."""
+        change = Change(make, is_fact)
+        with self._lock:
+            if self._is_writer_done:
+                raise Unavailable("the daemon is stopping; ask again when it has been started")
+            self._changes.append(change)
+            self._change_waits.notify()
+        if wait:
+            change.done.wait()
+            if change.error is not None:
+                raise change.error
+        return change.result  # type: ignore[no-any-return]
+
+    def _write_changes(self) -> None:
+        """Do the work of the writer's thread."""
+        was_behind = False
+        while (batch := self._next_batch()) is not None:
+            draft = self._make_draft(batch)
+            try:
+                if draft.changed or self._store.is_behind:
+                    self._store.write(draft.changed)
+            except StorageError as error:
+                draft = self._keep_facts(batch, error)
+                if not was_behind:
+                    log(f"{error}; changes are refused until that is mended")
+            if was_behind and not self._store.is_behind:
+                log(f"{self._store.folder} can be written again")
+            was_behind = self._store.is_behind
+            self._publish(draft)
+            for change in batch:
+                change.done.set()
+
+    def _next_batch(self) -> list[Change] | None:
+        """Wait for changes and return them; an empty list when it is time to try the disk again, None to end."""
+        with self._lock:
+            if not self._changes and not self._is_writer_done:
+                self._change_waits.wait(RETRY_SECONDS if self._store.is_behind else None)
+            batch, self._changes = self._changes[:BATCH_COUNT], self._changes[BATCH_COUNT:]
+            return None if self._is_writer_done and not batch else batch
+
+    def _make_draft(self, batch: Iterable[Change]) -> Draft:
+        with self._lock:
+            draft = Draft(self._projects, self._jobs, self._clock.time())
+            for change in batch:
+                change.run(draft)
+        return draft
+
+    def _keep_facts(self, batch: list[Change], error: StorageError) -> Draft:
+        """Make the draft again with nothing but facts, after the disk has refused it; refuse the other changes."""
+        draft = self._make_draft(change for change in batch if change.is_fact)
+        with contextlib.suppress(StorageError):
+            self._store.write(draft.changed, keep=True)
+        for change in batch:
+            if not change.is_fact and change.error is None:
+                change.error = error
+        return draft
+
+    def _publish(self, draft: Draft) -> None:
+        """Make the draft what readers, slots and the timer see, and do on the disk what follows from it."""
+        with self._lock:
+            for (section, key), record in draft.changed.items():
+                if section == "jobs":
+                    self._publish_job_locked(key, record)
+                elif isinstance(record, Project):
+                    self._projects[key] = record
+                else:
+                    self._projects.pop(key, None)
+            self._counts["skipped"] += draft.skipped
+        for event in draft.events:
+            log(event)
+        for action in draft.afterwards:
+            try:
+                action()
+            except OSError:
+                log_crash("tidying up after a change")
+
+    def _publish_job_locked(self, identifier: str, job: Any) -> None:
+        former = self._jobs.get(identifier)
+        if former is not None and (job is None or job.status is not former.status):
+            self._by_status[former.status].pop(identifier, None)
+            self._completed.pop(identifier, None)
+            self._timer.drop(identifier)
+        if job is None:
+            self._jobs.pop(identifier, None)
+            return
+        self._jobs[identifier] = job
+        self._index_locked(job)
+        if job.status is Status.RUNNING and identifier not in self._runs:
+            self._runs[identifier] = Run()
+            self._counts["run"] += 1
+        elif job.status is not Status.RUNNING and (run := self._runs.pop(identifier, None)):
+            run.ended.set()
+            if job.status in COMPLETED:
+                self._counts[job.status.value.lower()] += 1
+
+    def _index_locked(self, job: Job) -> None:
+        self._by_status[job.status].setdefault(job.identifier)
+        if job.status is Status.SCHEDULED and job.due is not None:
+            self._timer.at(job.identifier, job.due)
+        elif job.status is Status.PENDING:
+            self._job_waits.notify()
+        elif job.status in COMPLETED:
+            self._completed.setdefault(job.identifier)
+
+    # Projects
+
+    def new_upload_path(self) -> Path:
+        """Return where an archive may be written that is to be pushed; the caller deletes it if it is still there."""
+        return self._store.new_work_path()
+
+    def push(self, upload: Path) -> dict[str, Any]:
+        """Check an archive, and make it a project or a project's new code. Return its name and spiders."""
+        tree = Tree(self._store.new_work_path())
+        staged = tree.folder
+        try:
+            layout = unpack(upload, tree.folder)
+            spiders = self._list_spiders(tree.folder / layout.folder, layout)
+            project = Project(layout.name, tuple(spiders), tree.folder.name, layout.folder, layout.settings)
+            staged = self._store.staged_archive(project)
+            stage_archive(upload, staged)
+            self._commit(lambda draft: self._put_project(draft, project, tree))
+        except BaseException:
+            remove_tree(staged)
+            remove_tree(tree.folder)
+            raise
+        return {"name": project.name, "spiders": spiders}
+
+    def _list_spiders(self, folder: Path, layout: Layout) -> list[str]:
+        """Ask Scrapy for the spiders of an unpacked project. Raise BadRequest with the reason when it has none."""
+        work = self._store.new_work_path()
+        work.mkdir(mode=0o700)
+        mark = f"{uuid.uuid4()}:"
+        environment = self._environment(work.name, layout.name, LIST_MODULE)
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(work), environment.get("PYTHONPATH")]))
+        try:
+            source = LIST_SETTINGS.format(mark=mark, settings=layout.settings, module=LIST_MODULE)
+            (work / f"{LIST_MODULE}.py").write_text(source, encoding="utf-8")
+            crawl = Crawl([*self._settings.scrapy, "list"], folder, environment, work / "out", work / "err")
+            exit_code, is_late = self._wait_for_listing(work.name, crawl)
+            output, errors = ((work / name).read_text("utf-8", "replace") for name in ("out", "err"))
+        except (OSError, ValueError) as error:
+            raise explain_start_error(error, self._settings.scrapy) from None
+        finally:
+            remove_tree(work)
+        if is_late:
+            raise BadRequest(f"'scrapy list' did not end within {self._settings.list_timeout:g} s; see --list-timeout")
+        if exit_code != 0:
+            raise BadRequest(explain_list_error(exit_code, errors or output, self._settings.scrapy))
+        if not (spiders := read_spiders(output, mark)):
+            raise BadRequest("'scrapy list' shows no spiders in the project; check SPIDER_MODULES in its settings")
+        return spiders
+
+    def _wait_for_listing(self, identifier: str, crawl: Crawl) -> tuple[int, bool]:
+        """Return the exit code of `scrapy list` and whether it was ended because it took too long."""
+        with self._lock:
+            self._listings[identifier] = crawl
+            is_closing = self._is_closing
+        if is_closing:
+            crawl.signal(signal.SIGKILL)
+        self._timer.after(identifier, self._settings.list_timeout)
+        exit_code = crawl.wait()
+        self._timer.drop(identifier)
+        with self._lock:
+            is_late = self._listings.pop(identifier, None) is None
+            if self._is_closing:
+                raise Unavailable("the daemon is stopping; push again when it has been started")
+        return exit_code, is_late
+
+    def _put_project(self, draft: Draft, project: Project, tree: Tree) -> None:
+        """Replace a project. Raise Conflict when active jobs need a spider that is gone."""
+        stranded = [job for job in draft.active_jobs(project.name) if job.spider not in project.spiders]
+        if stranded:
+            raise Conflict(f"the new code lacks spiders that active jobs need: {name_jobs(stranded)}")
+        draft.put(project)
+        draft.events.append(f"project {project.name} was pushed with spiders: {', '.join(project.spiders)}")
+        draft.afterwards.append(lambda: self._adopt(project, tree))
+
+    def _adopt(self, project: Project, tree: Tree) -> None:
+        """Give a pushed archive, whose record is on the disk, its name; the next start does it if this fails."""
+        try:
+            self._store.staged_archive(project).replace(self._store.archive(project.name))
+        finally:
+            self._replace_tree(project.name, tree)
+
+    def _replace_tree(self, name: str, tree: Tree | None) -> None:
+        """Set the unpacked code of a project, or forget it, and delete the former as soon as nobody copies it."""
+        with self._lock:
+            former = self._trees.pop(name, None)
+            if tree is not None:
+                self._trees[name] = tree
+            if former is None:
+                return
+            former.is_current = False
+            is_used = former.users > 0
+        if not is_used:
+            remove_tree(former.folder)
+
+    @contextlib.contextmanager
+    def _borrowed_tree(self, project: Project) -> Iterator[Path]:
+        """Lend the unpacked code of a project, which stays as it is until it is given back."""
+        with self._lock:
+            tree = self._trees.get(project.name)
+            if tree is not None:
+                tree.users += 1
+        if tree is None:
+            tree = self._unpack_again(project)
+        try:
+            yield tree.folder
+        finally:
+            with self._lock:
+                tree.users -= 1
+                is_over = not tree.is_current and tree.users == 0
+            if is_over:
+                remove_tree(tree.folder)
+
+    def _unpack_again(self, project: Project) -> Tree:
+        """Unpack the stored archive of a project after a restart and return it as lent."""
+        tree = Tree(self._store.new_work_path())
+        try:
+            unpack(self._store.archive(project.name), tree.folder)
+        except ScrapyDoError:
+            remove_tree(tree.folder)
+            raise
+        with self._lock:
+            tree.users = 1
+            tree.is_current = project.name not in self._trees and self._projects.get(project.name) == project
+            if tree.is_current:
+                self._trees[project.name] = tree
+        return tree
+
+    def remove(self, name: str) -> None:
+        """Forget a project and its archive. Raise Conflict when it has active jobs."""
+
+        def remove_project(draft: Draft) -> None:
+            draft.find_project(name)
+            if active := draft.active_jobs(name):
+                raise Conflict(f"project '{name}' has active jobs, cancel them first: {name_jobs(active)}")
+            draft.changed["projects", name] = None
+            draft.events.append(f"project {name} was removed")
+            draft.afterwards.append(lambda: self._store.archive(name).unlink(missing_ok=True))
+            draft.afterwards.append(lambda: self._replace_tree(name, None))
+
+        self._commit(remove_project)
+
+    def projects(self) -> list[str]:
+        """Return the names of the projects, sorted."""
+        with self._lock:
+            return sorted(self._projects)
+
+    def spiders(self, project: str) -> list[str]:
+        """Return the spiders of a project, sorted."""
+        with self._lock:
+            return list(Draft(self._projects, self._jobs, 0.0).find_project(project).spiders)
+
+    # Jobs
+
+    def schedule(self, project: str, spider: str, when: str, description: str = "", payload: str = "{}") -> str:
+        """Make a job and return its identifier. `payload` is the text of a JSON object."""
+        recurrence = parse_spec(when)
+        check_payload(payload)
+
+        def add_job(draft: Draft) -> str:
+            if spider not in (known := draft.find_project(project).spiders):
+                raise NotFound(f"project '{project}' has no spider '{spider}'; it has {', '.join(known)}")
+            now = draft.now
+            status, due = Status.PENDING, None
+            if recurrence is not None:
+                status, due = Status.SCHEDULED, recurrence.anchored(now).next_after(now)
+            job = Job(
+                str(uuid.uuid4()), status, Actor.USER, when, project, spider, now, description, payload, now, due,
+            )  # fmt: skip
+            draft.put(job)
+            draft.events.append(f"job {job.identifier} is {status.value} ({job.schedule}): {project} {spider}")
+            return job.identifier
+
+        return self._commit(add_job)
+
+    def cancel(self, identifier: str) -> None:
+        """Cancel a job and return when it has ended. Raise Conflict when it had ended before."""
+
+        def cancel_job(draft: Draft) -> None:
+            job = draft.find_job(identifier)
+            if job.status in COMPLETED:
+                raise Conflict(f"job {identifier} has ended already, it is {job.status.value}")
+            if job.status is Status.RUNNING:
+                draft.put(job._replace(cancel=True))
+                draft.events.append(f"job {identifier} is being canceled")
+            else:
+                draft.move(job, Status.CANCELED, reason="canceled by the user")
+                self._purge(draft)
+
+        self._commit(cancel_job)
+        with self._lock:
+            run = self._runs.get(identifier)
+        if run is not None:
+            self._end_run(identifier, run)
+            run.ended.wait()
+
+    def _end_run(self, identifier: str, run: Run) -> None:
+        """Ask a crawl to end, and kill it if it does not; one that is just being started is asked by its slot."""
+        if (crawl := run.crawl) is not None:
+            self._timer.after(identifier, self._settings.kill_after)
+            crawl.signal(signal.SIGTERM)
+
+    def job(self, identifier: str) -> dict[str, Any]:
+        """Return a job."""
+        with self._lock:
+            job = Draft(self._projects, self._jobs, 0.0).find_job(identifier)
+        return job.view()
+
+    def jobs(self, statuses: Iterable[Status]) -> list[dict[str, Any]]:
+        """Return the jobs in these statuses, the newest change of status first."""
+        with self._lock:
+            jobs = [self._jobs[identifier] for status in statuses for identifier in self._by_status[status]]
+        jobs.sort(key=lambda job: job.timestamp, reverse=True)
+        return [job.view() for job in jobs]
+
+    def log_file(self, identifier: str, stream: str) -> Path:
+        """Return the file with the output of a job, which may not exist yet; `stream` is out or err."""
+        self.job(identifier)
+        return self._store.log_file(identifier, stream)
+
+    def status(self) -> dict[str, Any]:
+        """Return what the daemon is doing and has done since it was started."""
+        with self._lock:
+            counts = {f"jobs-{name}": count for name, count in self._counts.items() if name != "skipped"}
+            standing = {f"jobs-{status.value.lower()}": len(self._by_status[status]) for status in ACTIVE}
+            skipped = self._counts["skipped"]
+            projects = list(self._projects.values())
+        return {
+            "memory-usage": self._process.memory_info().rss / MIB,
+            "cpu-usage": self._process.cpu_percent(),
+            "time": local_time(self._clock.time()),
+            "timezone": "; ".join(time.tzname),
+            "hostname": socket.gethostname(),
+            "uptime": describe_seconds(self._clock.monotonic() - self._began),
+            **counts, **standing, "runs-skipped": skipped,
+            "projects": len(projects),
+            "spiders": sum(len(project.spiders) for project in projects),
+            "daemon-version": __version__,
+        }  # fmt: skip
+
+    # The timer's calls
+
+    def _on_due(self, identifier: str) -> None:
+        self._commit(lambda draft: self._fire(draft, identifier), is_fact=True, wait=False)
+
+    def _on_deadline(self, identifier: str) -> None:
+        with self._lock:
+            listing = self._listings.pop(identifier, None)
+            run = self._runs.get(identifier)
+        if crawl := listing or (run and run.crawl):
+            crawl.signal(signal.SIGKILL)
+
+    def _on_clock_set_back(self) -> None:
+        log("the system clock was set back; due times that are too far away now are drawn again")
+        with self._lock:
+            identifiers = list(self._by_status[Status.SCHEDULED])
+
+        def recover(draft: Draft) -> None:
+            for identifier in identifiers:
+                with contextlib.suppress(NotFound):
+                    if (job := draft.find_job(identifier)).status is Status.SCHEDULED:
+                        self._recover_schedule(draft, job)
+
+        self._commit(recover, is_fact=True, wait=False)
+
+    def _fire(self, draft: Draft, identifier: str) -> None:
+        """Make a run of a schedule that is due, unless one is waiting still, and set its next due time."""
+        job = draft.find_job(identifier)
+        if self._is_closing or job.status is not Status.SCHEDULED or job.due is None:
+            return
+        if job.due > draft.now:  # the clock was set back since
+            draft.put(job)
+            return
+        try:
+            due = job.recurrence().resume_after(job.due, draft.now)
+        except SpecError as error:
+            draft.move(job, Status.FAILED, reason=str(error))
+            return
+        if draft.is_pending(job.run):
+            draft.skipped += 1
+            draft.events.append(f"job {identifier} is due, but skipped: its run {job.run} is waiting still")
+            draft.put(job._replace(due=due))
+            return
+        run = Job(
+            str(uuid.uuid4()), Status.PENDING, Actor.SCHEDULER, "now", job.project, job.spider, draft.now,
+            job.description, job.payload, draft.now,
+        )  # fmt: skip
+        draft.put(run)
+        draft.put(job._replace(due=due, run=run.identifier))
+        draft.events.append(f"job {run.identifier} is PENDING, since {identifier} was due: {job.project} {job.spider}")
+
+    # Slots
+
+    def _run_slot(self) -> None:
+        """Do the work of a slot's thread."""
+        while True:
+            with self._lock:
+                while not self._by_status[Status.PENDING] and not self._is_closing:
+                    self._job_waits.wait()
+                if self._is_closing:
+                    return
+            if job := self._commit(self._take_next, is_fact=True):
+                self._run_job(job)
+
+    def _take_next(self, draft: Draft) -> Job | None:
+        """Make the oldest pending job RUNNING; None when others were quicker."""
+        for identifier in self._by_status[Status.PENDING]:
+            if draft.is_pending(identifier) and not self._is_closing:
+                return draft.move(draft.find_job(identifier), Status.RUNNING)
+        return None
+
+    def _run_job(self, job: Job) -> None:
+        """Run one crawl from start to end."""
+        folder = self._store.new_work_path()
+        began = self._clock.monotonic()
+        exit_code, reason = None, None
+        try:
+            crawl = self._launch(job, folder)
+            exit_code = crawl.wait()
+            reason = explain_exit(exit_code)
+        except ScrapyDoError as error:
+            reason = str(error)
+        except Exception as error:
+            log_crash(f"the crawl of job {job.identifier}")
+            reason = f"the crawl could not be run: {error!r}"
+        with self._lock:
+            is_interrupted = self._runs[job.identifier].is_interrupted
+            self._runs[job.identifier].crawl = None
+        remove_tree(folder)
+        seconds = int(self._clock.monotonic() - began)
+        self._commit(lambda draft: self._finish(draft, job.identifier, exit_code, reason, seconds, is_interrupted), True)
+
+    def _launch(self, job: Job, folder: Path) -> Crawl:
+        """Start the crawl of a job in a working copy of its project."""
+        with self._lock:
+            project = Draft(self._projects, self._jobs, 0.0).find_project(job.project)
+        command = [*self._settings.scrapy, "crawl", job.spider]
+        if job.payload != "{}":
+            command += ["-a", f"payload={job.payload}"]
+        environment = self._environment(job.identifier, project.name, project.settings, job.spider)
+        logs = [self._store.log_file(job.identifier, stream) for stream in ("out", "err")]
+        try:
+            with self._borrowed_tree(project) as tree:
+                copy_tree(tree, folder)
+            crawl: Crawl = self._start_crawl(command, folder / project.folder, environment, *logs)
+        except (OSError, ValueError, shutil.Error) as error:
+            raise explain_start_error(error, self._settings.scrapy) from None
+        self._register(job.identifier, crawl)
+        return crawl
+
+    def _register(self, identifier: str, crawl: Crawl) -> None:
+        """Let a crawl that has just started be canceled, which may have been asked for already, and save its number."""
+        created = crawl.created()
+        with self._lock:
+            run = self._runs[identifier]
+            run.crawl = crawl
+            run.is_interrupted = self._is_closing
+            shall_end = self._is_closing or self._jobs[identifier].cancel
+
+        def save_number(draft: Draft) -> None:
+            if (job := draft.find_job(identifier)).status is Status.RUNNING:
+                draft.put(job._replace(pid=crawl.pid, pid_created=created))
+
+        self._commit(save_number, is_fact=True, wait=False)
+        if shall_end:
+            self._end_run(identifier, run)
+
+    def _environment(self, identifier: str, project: str, settings: str, spider: str = "") -> dict[str, str]:
+        """Return the environment of a crawl.
+
+        Scrapy takes SCRAPY_PROJECT for the name of an option in [settings] of scrapy.cfg, which most projects have
+        for `default` only; so the module is named outright.
+        """
+        environment = {**os.environ, "SPIDER_DATA_DIR": str(self._store.spider_data), "PYTHONIOENCODING": "utf-8"}
+        environment.update(SCRAPY_JOB=identifier, SCRAPY_PROJECT=project, SCRAPY_SPIDER=spider)
+        environment.pop("SCRAPY_SETTINGS_MODULE", None)
+        if settings:
+            environment["SCRAPY_SETTINGS_MODULE"] = settings
+        return environment
+
+    def _finish(
+        self, draft: Draft, identifier: str, code: int | None, reason: str | None, seconds: int, is_interrupted: bool
+    ) -> None:
+        job = draft.find_job(identifier)
+        event = f" after {seconds} s" + ("" if code is None else f", exit code {code}")
+        outcome: dict[str, Any] = {"duration": seconds, "exit_code": code, "reason": reason}
+        if job.cancel:
+            draft.move(job, Status.CANCELED, event, **{**outcome, "reason": "canceled by the user"})
+        elif is_interrupted:
+            draft.move(job, Status.PENDING, " again, since the daemon is stopping")
+        else:
+            draft.move(job, Status.FAILED if reason else Status.SUCCESSFUL, event, **outcome)
+        self._purge(draft)
+
+    def _purge(self, draft: Draft) -> None:
+        """Forget the oldest finished jobs beyond the number to be kept, and delete their logs."""
+        finished = sum(isinstance(job, Job) and job.status in COMPLETED for job in draft.changed.values())
+        surplus = len(self._completed) + finished - self._settings.completed_cap
+        for identifier in self._completed:
+            if surplus <= 0:
+                return
+            if draft.changed.setdefault(("jobs", identifier), None) is None:
+                surplus -= 1
+                draft.afterwards.append(functools.partial(self._delete_logs, identifier))
+
+    def _delete_logs(self, identifier: str) -> None:
+        for stream in ("out", "err"):
+            self._store.log_file(identifier, stream).unlink(missing_ok=True)
+
+
+def name_jobs(jobs: list[Job]) -> str:
+    """Return a list of jobs for an error message."""
+    shown = [f"{job.identifier} ({job.spider}, {job.status.value})" for job in jobs[:10]]
+    return ", ".join(shown) + (f" and {len(jobs) - 10} more" if len(jobs) > 10 else "")
+
+
+def check_payload(payload: str) -> None:
+    """Raise BadRequest unless a payload is the text of a JSON object."""
+    try:
+        value = json.loads(payload)
+    except (ValueError, RecursionError) as error:
+        raise BadRequest(f"the payload is not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise BadRequest("the payload must be a JSON object, like {\"page\": 2}")
+
+
+def explain_start_error(error: Exception, scrapy: tuple[str, ...]) -> ScrapyDoError:
+    """Return the error that says why a command could not be started."""
+    if isinstance(error, OSError) and error.errno == errno.E2BIG:
+        return BadRequest("the payload is too long for an argument of a command")
+    if isinstance(error, (FileNotFoundError, PermissionError)) and str(error.filename) in (scrapy[0], scrapy[0].encode()):
+        return BadRequest(f"'{scrapy[0]}' cannot be started, {error.strerror}: install Scrapy, or say where it is by --scrapy")
+    return StorageError(f"the crawl could not be started: {error}")
+
+
+def explain_list_error(exit_code: int, errors: str, scrapy: tuple[str, ...]) -> str:
+    """Return why `scrapy list` failed."""
+    if "No module named scrapy" in errors and "-m" in scrapy:
+        return f"Scrapy is not installed for {scrapy[0]}: run '{scrapy[0]} -m pip install scrapy', or see --scrapy"
+    last = [line for line in errors.splitlines() if line.strip()][-8:]
+    return f"'scrapy list' failed in the project with exit code {exit_code}:\n" + "\n".join(last)
+
+
+def explain_exit(exit_code: int) -> str | None:
+    """Return why a crawl with this exit code has failed; None when it has not."""
+    if exit_code >= 0:
+        return f"the crawl ended with exit code {exit_code}; its log says why" if exit_code else None
+    try:
+        name = signal.Signals(-exit_code).name
+    except ValueError:
+        name = f"signal {-exit_code}"
+    return f"the crawl was ended by {name}"
+
+
+def describe_seconds(seconds: float) -> str:
+    """Return a time span like `1d 12m 24s`, without the parts that are zero."""
+    minutes, second = divmod(int(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    parts = ((hours // 24, "d"), (hours % 24, "h"), (minute, "m"), (second, "s"))
+    return " ".join(f"{number}{unit}" for number, unit in parts if number) or "0s"
+
+
+# ---- 8. HTTP ---------------------------------------------------------------------------------------------------------
+
+TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"  # RFC 9110, section 5.6.2
+REQUEST_LINE = re.compile(rb"(%s) (\S+) HTTP/([0-9])\.([0-9])" % TOKEN)
+HEADER_LINE = re.compile(rb"(%s):[ \t]*([^\0\r\n]*?)[ \t]*" % TOKEN)
+PART_PARAMETER = re.compile(rb';[ \t]*(%s)=(?:"((?:[^"\\]|\\.)*)"|([^\s;"]*))[ \t]*' % TOKEN, re.DOTALL)
+LOG_PATH = re.compile(r"/get-log/data/([0-9a-f-]{36})\.(out|err)")
+REASONS = {
+    200: "OK", 400: "Bad Request", 404: "Not Found", 405: "Method Not Allowed", 408: "Request Timeout", 409: "Conflict",
+    411: "Length Required", 413: "Content Too Large", 414: "URI Too Long", 415: "Unsupported Media Type",
+    417: "Expectation Failed", 431: "Request Header Fields Too Large", 500: "Internal Server Error",
+    501: "Not Implemented", 503: "Service Unavailable", 505: "HTTP Version Not Supported", 507: "Insufficient Storage",
+}  # fmt: skip
+Field = tuple[str, Iterator[bytes]]  # a parameter's name and the pieces of its value
+
+
+class HttpError(ScrapyDoError):
+    """Refuse a request with a status that only HTTP knows."""
+
+    def __init__(self, status: int, message: str, **headers: str):
+        super().__init__(message)
+        self.status, self.headers = status, headers
+
+
+class Gone(Exception):
+    """Say that the client is no longer there, so that nobody needs an answer."""
+
+
+class Wire:
+    """A connection that is read with a deadline for the whole of what is wanted, not for each piece."""
+
+    def __init__(self, connection: socket.socket):
+        self._socket = connection
+        self._buffer = bytearray()
+        self._deadline = 0.0
+
+    def expect(self, seconds: float) -> None:
+        """Give the client so many seconds from now."""
+        self._deadline = time.monotonic() + seconds
+
+    def _receive(self) -> bytes:
+        seconds = self._deadline - time.monotonic()
+        if seconds <= 0:
+            raise HttpError(408, "the request took too long to arrive")
+        self._socket.settimeout(seconds)
+        try:
+            return self._socket.recv(CHUNK_BYTES)
+        except TimeoutError:
+            raise HttpError(408, "the request took too long to arrive") from None
+        except OSError:
+            raise Gone from None
+
+    def read_until(self, end: bytes, most: int, too_long: ScrapyDoError) -> bytes:
+        """Return what comes before `end`, which is stepped over; raise `too_long` when it is not in `most` bytes."""
+        while (at := self._buffer.find(end, 0, most + len(end))) < 0:
+            if len(self._buffer) >= most + len(end):
+                raise too_long
+            piece = self._receive()
+            if not piece:
+                raise Gone
+            self._buffer += piece
+        found = bytes(self._buffer[:at])
+        del self._buffer[: at + len(end)]
+        return found
+
+    def read(self, most: int) -> bytes:
+        """Return 1 to `most` bytes."""
+        piece = bytes(self._buffer[:most])
+        if piece:
+            del self._buffer[:most]
+            return piece
+        piece = self._receive()
+        if not piece:
+            raise Gone
+        self._buffer += piece[most:]
+        return piece[:most]
+
+    def is_ready(self) -> bool:
+        """Tell whether more has arrived than was asked for."""
+        return bool(self._buffer)
+
+    def send(self, data: bytes) -> None:
+        """Send all of `data`; a client that does not take it within the time for a request is gone."""
+        self._socket.settimeout(REQUEST_SECONDS)
+        try:
+            self._socket.sendall(data)
+        except OSError:
+            raise Gone from None
+
+    def linger(self) -> None:
+        """Say that nothing more will be sent, and read on for a while: a reset would take the last answer along."""
+        with contextlib.suppress(OSError, HttpError, Gone):
+            self._socket.shutdown(socket.SHUT_WR)
+            self.expect(LINGER_SECONDS)
+            while self._receive():
+                pass
+
+
+class Request(NamedTuple):
+    """The head of a request."""
+
+    method: str
+    path: str
+    query: bytes
+    headers: dict[str, str]  # by lower-case name
+    keeps_alive: bool
+
+
+def parse_head(head: bytes) -> Request:
+    """Return the request that a head describes. Raise BadRequest or HttpError for one that is not sound HTTP/1."""
+    first, *lines = head.split(b"\r\n")
+    if len(first) > URL_BYTES:
+        raise HttpError(414, f"the address is longer than {URL_BYTES} bytes; parameters may go in a POST body")
+    match = REQUEST_LINE.fullmatch(first)
+    if match is None:
+        raise BadRequest("this is not a request line of HTTP/1.1")
+    method, target, major, minor = match.groups()
+    if major != b"1":
+        raise HttpError(505, "this server speaks HTTP/1.1")
+    headers = parse_headers(lines)
+    if minor != b"0" and "host" not in headers:
+        raise BadRequest("the Host header is missing")
+    wish = headers.get("connection", "").lower()
+    keeps_alive = "close" not in wish and (minor != b"0" or "keep-alive" in wish)
+    path, _, query = re.sub(rb"^https?://[^/?]*", b"", target, flags=re.I).partition(b"?")
+    return Request(method.decode(), decode_text(decode_percent(path), "path"), query, headers, keeps_alive)
+
+
+def parse_headers(lines: list[bytes]) -> dict[str, str]:
+    """Return the headers by their lower-case names. Raise BadRequest for what could smuggle a second request in."""
+    if len(lines) > HEADERS_COUNT:
+        raise HttpError(431, f"there are more than {HEADERS_COUNT} headers")
+    headers: dict[str, str] = {}
+    for line in lines:
+        match = HEADER_LINE.fullmatch(line)
+        if match is None:
+            raise BadRequest(f"this is not a header: {line[:80].decode('latin-1')!r}")
+        name, value = match[1].decode().lower(), match[2].decode("latin-1")
+        if name in headers and name in ("host", "content-length", "transfer-encoding", "content-type"):
+            raise BadRequest(f"the header {name} is there twice")
+        headers[name] = f"{headers[name]}, {value}" if name in headers else value
+    return headers
+
+
+def decode_percent(data: bytes) -> bytes:
+    """Return the bytes with `%XX` decoded; a stray % stays."""
+    return re.sub(rb"(?:%[0-9A-Fa-f]{2})+", lambda match: bytes.fromhex(match[0].replace(b"%", b"").decode()), data)
+
+
+def decode_text(data: bytes, what: str) -> str:
+    """Return UTF-8 text. Raise BadRequest that names what is not."""
+    try:
+        return data.decode()
+    except UnicodeDecodeError:
+        raise BadRequest(f"the {what} is not UTF-8") from None
+
+
+class Body:
+    """The body of a request, read piece by piece as it arrives."""
+
+    def __init__(self, wire: Wire, headers: Mapping[str, str], most: int):
+        """Raise BadRequest, HttpError or TooLarge when the headers do not say plainly how long it is, or too much."""
+        self._wire, self._most, self._received = wire, most, 0
+        length, coding = headers.get("content-length"), headers.get("transfer-encoding")
+        if coding is not None and length is not None:
+            raise BadRequest("there are both a Content-Length and a Transfer-Encoding")
+        if coding is not None and coding.lower() != "chunked":
+            raise HttpError(501, f"the transfer coding {coding!r:.40} is not known; use chunked")
+        if length is not None and not re.fullmatch(r"[0-9]{1,18}", length):
+            raise BadRequest(f"the Content-Length {length!r:.40} is not a number")
+        self.is_chunked = coding is not None
+        self.length = int(length or 0)
+        if self.length > most:
+            raise self._too_large()
+        self.is_read = not self.is_chunked and self.length == 0
+
+    def _too_large(self) -> TooLarge:
+        return TooLarge(f"the body is larger than {self._most / MIB:g} MiB; see --max-upload")
+
+    def pieces(self) -> Iterator[bytes]:
+        """Yield the body. Raise TooLarge as soon as it is longer than allowed."""
+        started = time.monotonic()
+        for piece in self._chunks() if self.is_chunked else self._counted(self.length):
+            self._received += len(piece)
+            if self._received > self._most:
+                raise self._too_large()
+            allowed = REQUEST_SECONDS + self._received / BODY_BYTES_PER_SECOND
+            self._wire.expect(started + allowed - time.monotonic())
+            yield piece
+        self.is_read = True
+
+    def _counted(self, length: int) -> Iterator[bytes]:
+        while length:
+            piece = self._wire.read(min(length, CHUNK_BYTES))
+            length -= len(piece)
+            yield piece
+
+    def _chunks(self) -> Iterator[bytes]:
+        """Decode a chunked body, RFC 9112 section 7.1; extensions and trailers are ignored."""
+        bad = BadRequest("the chunked body is broken")
+        while True:
+            line = self._wire.read_until(b"\r\n", 256, bad)
+            size = line.split(b";")[0].rstrip(b" \t")
+            if not re.fullmatch(rb"[0-9A-Fa-f]{1,15}", size):
+                raise bad
+            if int(size, 16) == 0:
+                break
+            yield from self._counted(int(size, 16))
+            if self._wire.read_until(b"\r\n", 0, bad):
+                raise bad
+        for _ in range(HEADERS_COUNT):
+            if not self._wire.read_until(b"\r\n", HEAD_BYTES, bad):
+                return
+        raise bad
+
+
+class Pieces:
+    """A buffer over pieces of bytes, which finds delimiters that lie across them."""
+
+    def __init__(self, pieces: Iterator[bytes], start: bytes = b""):
+        self._pieces = pieces
+        self.buffer = bytearray(start)
+
+    def more(self) -> bool:
+        """Take in one more piece; False at the end."""
+        piece = next(self._pieces, None)
+        self.buffer += piece or b""
+        return piece is not None
+
+    def take(self, count: int) -> bytes:
+        """Remove and return the first bytes of the buffer."""
+        taken = bytes(self.buffer[:count])
+        del self.buffer[:count]
+        return taken
+
+
+def urlencoded_fields(pieces: Iterator[bytes]) -> Iterator[Field]:
+    """Yield the fields of `application/x-www-form-urlencoded` data; a value may be of any size, and binary."""
+    source = Pieces(pieces)
+    while source.buffer or source.more():
+        while not (mark := re.search(rb"[=&]", source.buffer)) and len(source.buffer) <= TEXT_BYTES and source.more():
+            pass
+        end = mark.start() if mark else len(source.buffer)
+        name = decode_percent(source.take(end).replace(b"+", b" "))
+        has_value = source.take(1) == b"="
+        if name or has_value:
+            yield decode_text(name, "name of a parameter"), urlencoded_value(source) if has_value else iter(())
+
+
+def urlencoded_value(source: Pieces) -> Iterator[bytes]:
+    """Yield one value, up to and including the `&` that ends it."""
+    while True:
+        end = source.buffer.find(b"&")
+        if end >= 0:
+            yield decode_percent(source.take(end).replace(b"+", b" "))
+            source.take(1)
+            return
+        cut = len(source.buffer)
+        if b"%" in source.buffer[-2:]:  # a %XX that is not complete yet
+            cut = source.buffer.rfind(b"%")
+        yield decode_percent(source.take(cut).replace(b"+", b" "))
+        if not source.more():
+            yield source.take(2)
+            return
+
+
+def multipart_fields(pieces: Iterator[bytes], boundary: bytes) -> Iterator[Field]:
+    """Yield the fields of `multipart/form-data`, RFC 7578; only a whole delimiter line ends a part."""
+    source = Pieces(pieces, b"\r\n")
+    delimiter = b"\r\n--" + boundary
+    for _ in multipart_value(source, delimiter):  # the preamble means nothing
+        pass
+    while source.take(2) != b"--":
+        yield part_name(source), multipart_value(source, delimiter)
+    while source.more():  # nor does the epilogue
+        source.buffer.clear()
+
+
+def multipart_value(source: Pieces, delimiter: bytes) -> Iterator[bytes]:
+    """Yield one part's content and step over the delimiter; the two bytes after it, CR LF or `--`, stay."""
+    while True:
+        at = source.buffer.find(delimiter)
+        if at < 0:
+            yield source.take(max(0, len(source.buffer) - len(delimiter)))
+        else:
+            yield source.take(at)
+            line = bytes(source.buffer[len(delimiter) : len(delimiter) + 66])
+            if end := re.match(rb"--|[ \t]*(?=\r\n)", line):
+                source.take(len(delimiter) + (0 if end[0] == b"--" else len(end[0])))
+                return
+            if len(line) >= 66 or not re.fullmatch(rb"-|[ \t]*\r?", line):
+                yield source.take(len(delimiter))  # it only looked like one
+                continue
+        if not source.more():
+            raise BadRequest("the multipart body ends before its last boundary; was the upload cut short?")
+
+
+def part_name(source: Pieces) -> str:
+    """Step over the headers of a part, the first line break of which has been taken, and return the field's name."""
+    source.buffer[:0] = b"\r\n"
+    while (end := source.buffer.find(b"\r\n\r\n", 0, HEAD_BYTES)) < 0:
+        if len(source.buffer) > HEAD_BYTES or not source.more():
+            raise BadRequest("a part of the multipart body has no end of its headers")
+    for line in source.take(end + 4).split(b"\r\n"):
+        key, _, value = line.partition(b":")
+        kind, _, _ = value.partition(b";")
+        if key.strip().lower() == b"content-disposition" and kind.strip().lower() == b"form-data":
+            for match in PART_PARAMETER.finditer(value, len(kind)):
+                if match[1].lower() == b"name":
+                    name = re.sub(rb"\\(.)", rb"\1", match[2]) if match[2] is not None else match[3]
+                    return decode_text(name, "name of a part")
+    raise BadRequest("a part of the multipart body has no name")
+
+
+def json_fields(pieces: Iterator[bytes]) -> Iterator[Field]:
+    """Yield the members of a JSON object; one that is an object itself, like a payload, as its JSON text."""
+
+    def refuse_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        if len(twins := {name for name, _ in pairs}) < len(pairs):
+            raise BadRequest(f"a parameter is there twice in the JSON object; its names are {', '.join(sorted(twins))}")
+        return dict(pairs)
+
+    try:
+        document = json.loads(join_pieces(pieces, "JSON body"), object_pairs_hook=refuse_twins)
+    except (ValueError, RecursionError) as error:
+        raise BadRequest(f"the body is not JSON: {error}") from None
+    if not isinstance(document, dict):
+        raise BadRequest("the JSON body must be one object")
+    for name, value in document.items():
+        if not isinstance(value, (str, dict)):
+            raise BadRequest(f"the parameter '{name:.40}' must be a string")
+        text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+        yield name, iter([text.encode("utf-8", "surrogatepass")])
+
+
+def join_pieces(pieces: Iterator[bytes], what: str) -> bytes:
+    """Return all pieces as one. Raise TooLarge for more than a text may have."""
+    joined = bytearray()
+    for piece in pieces:
+        joined += piece
+        if len(joined) > TEXT_BYTES:
+            raise TooLarge(f"the {what} is longer than {TEXT_BYTES} bytes")
+    return bytes(joined)
+
+
+def read_fields(headers: Mapping[str, str], pieces: Iterator[bytes]) -> Iterator[Field]:
+    """Yield the fields of a body by its content type. Raise HttpError for one that is not known."""
+    kind, _, rest = headers.get("content-type", "application/x-www-form-urlencoded").partition(";")
+    kind = kind.strip().lower()
+    if kind == "application/x-www-form-urlencoded":
+        return urlencoded_fields(pieces)
+    if kind == "application/json":
+        return json_fields(pieces)
+    if kind != "multipart/form-data":
+        raise HttpError(415, f"a body of type '{kind:.60}' is not understood; send a form (curl -F or -d) or JSON")
+    boundary = re.search(r'boundary=(?:"([^"]{1,200})"|([^\s;",]{1,200}))', rest, re.I)
+    if boundary is None:
+        raise BadRequest("the multipart body has no boundary in its Content-Type")
+    return multipart_fields(pieces, (boundary[1] or boundary[2]).encode("latin-1"))
+
+
+def save_pieces(pieces: Iterator[bytes], path: Path) -> None:
+    """Write pieces to a new file as they come. Raise StorageError when the disk does not take them."""
+    try:
+        file = open(path, "xb", buffering=0)
+    except OSError as error:
+        raise StorageError(f"the upload cannot be stored: {error}") from None
+    with file:
+        for piece in pieces:
+            try:
+                while piece:
+                    piece = piece[file.write(piece) :]
+            except OSError as error:
+                raise StorageError(f"the upload cannot be stored: {error}") from None
+
+
+class Form(dict[str, str]):
+    """The parameters of a request; an archive is saved to `upload` and its value is that path."""
+
+    def __init__(self, route: Route, fields: Iterator[Field], upload: Path):
+        """Raise BadRequest that names a parameter which is unknown, there twice, or missing."""
+        super().__init__()
+        known = route.required + route.optional
+        for name, pieces in fields:
+            if name not in known:
+                exist = f"the ones that exist are {', '.join(known)}" if known else "it takes none"
+                raise BadRequest(f"{route.name} has no parameter '{name:.60}'; {exist}")
+            if name in self:
+                raise BadRequest(f"the parameter '{name}' is there twice")
+            self[name] = str(upload)
+            if name == "archive":
+                save_pieces(pieces, upload)
+            else:
+                self[name] = decode_text(join_pieces(pieces, f"parameter '{name}'"), f"parameter '{name}'")
+        if missing := [name for name in route.required if name not in self]:
+            raise BadRequest(f"{route.name} needs the parameter '{missing[0]}'; the ones that exist are {', '.join(known)}")
+
+
+class Route(NamedTuple):
+    """An endpoint: what it is called, how, with which parameters, and the function that answers."""
+
+    name: str
+    method: str
+    answer: Callable[[Daemon, Form], dict[str, Any]]
+    required: tuple[str, ...] = ()
+    optional: tuple[str, ...] = ()
+
+
+def get_status(daemon: Daemon, form: Form) -> dict[str, Any]:
+    """Answer status.json."""
+    return daemon.status()
+
+
+def push_project(daemon: Daemon, form: Form) -> dict[str, Any]:
+    """Answer push-project.json."""
+    return daemon.push(Path(form["archive"]))
+
+
+def list_projects(daemon: Daemon, form: Form) -> dict[str, Any]:
+    """Answer list-projects.json."""
+    return {"projects": daemon.projects()}
+
+
+def list_spiders(daemon: Daemon, form: Form) -> dict[str, Any]:
+    """Answer list-spiders.json."""
+    return {"project": form["project"], "spiders": daemon.spiders(form["project"])}
+
+
+def schedule_job(daemon: Daemon, form: Form) -> dict[str, Any]:
+    """Answer schedule-job.json."""
+    return {"identifier": daemon.schedule(**form)}
+
+
+def list_jobs(daemon: Daemon, form: Form) -> dict[str, Any]:
+    """Answer list-jobs.json: one job by its `id`, or all in a `status`."""
+    if len(form) != 1:
+        raise BadRequest("list-jobs.json needs one parameter, 'status' or 'id'")
+    if "id" in form:
+        return {"jobs": [daemon.job(form["id"])]}
+    groups = {"ACTIVE": ACTIVE, "COMPLETED": COMPLETED, **{status.value: (status,) for status in Status}}
+    if form["status"] not in groups:
+        raise BadRequest(f"there is no status '{form['status']:.40}'; the ones that exist are {', '.join(groups)}")
+    return {"jobs": daemon.jobs(groups[form["status"]])}
+
+
+def cancel_job(daemon: Daemon, form: Form) -> dict[str, Any]:
+    """Answer cancel-job.json."""
+    daemon.cancel(form["id"])
+    return {}
+
+
+def remove_project(daemon: Daemon, form: Form) -> dict[str, Any]:
+    """Answer remove-project.json."""
+    daemon.remove(form["name"])
+    return {}
+
+
+ROUTES = {
+    f"/{route.name}": route
+    for route in (
+        Route("status.json", "GET", get_status),
+        Route("push-project.json", "POST", push_project, ("archive",)),
+        Route("list-projects.json", "GET", list_projects),
+        Route("list-spiders.json", "GET", list_spiders, ("project",)),
+        Route("schedule-job.json", "POST", schedule_job, ("project", "spider", "when"), ("description", "payload")),
+        Route("list-jobs.json", "GET", list_jobs, (), ("status", "id")),
+        Route("cancel-job.json", "POST", cancel_job, ("id",)),
+        Route("remove-project.json", "POST", remove_project, ("name",)),
+    )
+}
+
+
+class Handler(BaseRequestHandler):
+    """Answer the requests of one connection, one after another."""
+
+    server: Server
+
+    def handle(self) -> None:
+        """Answer until the client goes, asks to close, or sends what cannot be followed by another request."""
+        self.wire = Wire(self.request)
+        self.is_last = False
+        with contextlib.suppress(Gone):
+            while not self.is_last:
+                self._handle_one()
+            self.wire.linger()
+
+    def _handle_one(self) -> None:
+        self.body: Body | None = None
+        self.is_head = False
+        self.wire.expect(REQUEST_SECONDS)
+        try:
+            too_long = HttpError(431, f"the head of the request is longer than {HEAD_BYTES} bytes")
+            head = self.wire.read_until(b"\r\n\r\n", HEAD_BYTES, too_long)
+            self.server.note_request(1)
+            try:
+                self._answer(parse_head(head.lstrip(b"\r\n")))
+            finally:
+                self.server.note_request(-1)
+        except ScrapyDoError as error:
+            self._refuse(error)
+        except Gone:
+            raise
+        except Exception:
+            log_crash("answering a request")
+            self._refuse(HttpError(500, "the daemon met an error of its own; its log has the details"))
+
+    def _answer(self, request: Request) -> None:
+        self.is_head = request.method == "HEAD"
+        self.is_last = not request.keeps_alive
+        self.body = Body(self.wire, request.headers, self.server.max_upload)
+        if match := LOG_PATH.fullmatch(request.path):
+            self._check_method(request, "GET")
+            self._send_log(self.server.daemon.log_file(match[1], match[2]))
+        elif route := ROUTES.get(request.path):
+            self._check_method(request, route.method)
+            self._send_json(200, {"status": "ok", **self._call(route, request)})
+        else:
+            raise NotFound(f"there is no {request.path:.100}; the paths that exist are {', '.join(ROUTES)}")
+
+    def _check_method(self, request: Request, method: str) -> None:
+        allowed = ("GET", "HEAD") if method == "GET" else (method,)
+        if request.method not in allowed:
+            raise HttpError(405, f"{request.path} is asked for by {method}", Allow=", ".join(allowed))
+
+    def _call(self, route: Route, request: Request) -> dict[str, Any]:
+        """Read the parameters, have the route answer, and clear its upload away."""
+        upload = self.server.daemon.new_upload_path()
+        try:
+            return route.answer(self.server.daemon, Form(route, self._fields(route, request), upload))
+        finally:
+            upload.unlink(missing_ok=True) if "archive" in route.required else None
+
+    def _fields(self, route: Route, request: Request) -> Iterator[Field]:
+        assert self.body is not None
+        if route.method == "GET":
+            return urlencoded_fields(iter([request.query]))
+        if request.query:
+            raise BadRequest(f"{route.name} takes its parameters from the body of a POST (curl -F or -d), not the address")
+        expectation = request.headers.get("expect", "").lower()
+        if expectation not in ("", "100-continue"):
+            raise HttpError(417, f"the expectation {expectation!r:.40} cannot be met")
+        if expectation and not self.body.is_read:
+            self.wire.send(b"HTTP/1.1 100 Continue\r\n\r\n")
+        return read_fields(request.headers, self.body.pieces())
+
+    def _refuse(self, error: ScrapyDoError) -> None:
+        headers = getattr(error, "headers", {})
+        self._send_json(error.status, {"status": "error", "msg": str(error)}, **headers)
+
+    def _send_json(self, status: int, answer: dict[str, Any], **headers: str) -> None:
+        data = (json.dumps(answer, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
+        self._send(status, "application/json", len(data), data, headers)
+
+    def _send(self, status: int, kind: str, length: int, data: bytes, headers: Mapping[str, str]) -> None:
+        """Send the head and the beginning of an answer at once: two writes would meet Nagle's delay, RFC 896."""
+        if self.body is None or not self.body.is_read:  # then nobody knows where the next request begins
+            self.is_last = True
+        fields = {"Content-Type": kind, "Content-Length": str(length), "Date": http_date(int(time.time()))}
+        fields |= {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff", **headers}
+        if self.is_last:
+            fields["Connection"] = "close"
+        lines = [f"HTTP/1.1 {status} {REASONS[status]}", *(f"{name}: {value}" for name, value in fields.items())]
+        head = "\r\n".join([*lines, "", ""]).encode("latin-1")
+        self.wire.send(head if self.is_head else head + data)
+
+    def _send_log(self, path: Path) -> None:
+        """Send what a log holds now; a job that has written nothing has an empty one."""
+        try:
+            file = open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW), "rb")
+        except FileNotFoundError:
+            return self._send(200, "text/plain; charset=utf-8", 0, b"", {})
+        with file:
+            left = os.fstat(file.fileno()).st_size
+            piece = file.read(min(left, CHUNK_BYTES))
+            self._send(200, "text/plain; charset=utf-8", left, piece, {})
+            while not self.is_head and (left := left - len(piece)):
+                piece = file.read(min(left, CHUNK_BYTES))
+                if not piece:  # cut short while it was read: the client must not wait for the rest
+                    raise Gone
+                self.wire.send(piece)
+
+
+@functools.lru_cache(maxsize=2)
+def http_date(second: int) -> str:
+    """Return POSIX seconds as HTTP writes them, RFC 9110 section 5.6.7; English whatever the locale."""
+    t = time.gmtime(second)
+    day = ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun")[t.tm_wday]
+    month = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")[t.tm_mon - 1]
+    return f"{day}, {t.tm_mday:02} {month} {t.tm_year} {t.tm_hour:02}:{t.tm_min:02}:{t.tm_sec:02} GMT"
+
+
+class Server(ThreadingHTTPServer):
+    """Accept connections and give each to a thread, an idle one if there is."""
+
+    request_queue_size = 1024
+    daemon_threads = True
+
+    def __init__(self, address: tuple[str, int], daemon: Daemon, max_upload: int):
+        self.daemon, self.max_upload = daemon, max_upload
+        self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
+        self._lock = threading.Lock()  # guards all below
+        self._connection_waits = threading.Condition(self._lock)
+        self._requests_ended = threading.Condition(self._lock)
+        self._waiting: list[tuple[socket.socket, Any]] = []
+        self._thread_count = self._idle_count = self._requests = 0
+        super().__init__(address, Handler)
+
+    def server_bind(self) -> None:
+        """Bind without the look-up of a name, which may take a minute where DNS does not answer."""
+        TCPServer.server_bind(self)
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Queue a connection for a thread; past the cap tell it so at once."""
+        request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        with self._lock:
+            if is_full := self._thread_count >= CONNECTIONS_COUNT and len(self._waiting) >= self._idle_count:
+                pass
+            elif len(self._waiting) < self._idle_count:
+                self._waiting.append((request, client_address))
+                self._connection_waits.notify()
+                return
+            else:
+                self._waiting.append((request, client_address))
+                self._thread_count += 1
+                self._idle_count += 1
+        if is_full:
+            return self._turn_away(request)
+        threading.Thread(target=self._serve_connections, name="http", daemon=True).start()
+
+    def _turn_away(self, request: Any) -> None:
+        message = b'{"status": "error", "msg": "too many connections at once; try again later"}\n'
+        head = b"HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\nConnection: close\r\nContent-Length: "
+        with contextlib.suppress(OSError):
+            request.settimeout(0)
+            request.send(head + b"%d\r\n\r\n" % len(message) + message)
+        self.shutdown_request(request)
+
+    def _serve_connections(self) -> None:
+        """Do the work of one thread: serve connections until there is none for a while."""
+        while connection := self._next_connection():
+            try:
+                self.finish_request(*connection)
+            except Exception:
+                log_crash("a connection")
+            self.shutdown_request(connection[0])
+            with self._lock:
+                self._idle_count += 1
+
+    def _next_connection(self) -> tuple[socket.socket, Any] | None:
+        with self._lock:
+            if not self._waiting:
+                self._connection_waits.wait(IDLE_SECONDS)
+            self._idle_count -= 1
+            if self._waiting:
+                return self._waiting.pop(0)
+            self._thread_count -= 1
+            return None
+
+    def note_request(self, change: int) -> None:
+        """Count the requests that are being answered."""
+        with self._lock:
+            self._requests += change
+            if self._requests == 0:
+                self._requests_ended.notify_all()
+
+    def drain(self, seconds: float) -> None:
+        """Wait for the requests that are being answered, but no longer than so many seconds."""
+        with self._lock:
+            self._requests_ended.wait_for(lambda: self._requests == 0, seconds)
+
+
+# ---- 9. Command line -------------------------------------------------------------------------------------------------
+
+
+class Stop(BaseException):
+    """Take the main thread out of whatever it does, when the daemon is told to end."""
+
+
+def whole_number(least: int, most: int = 10**9) -> Callable[[str], int]:
+    """Return the check of an option that is a whole number."""
+
+    def check(text: str) -> int:
+        if not (text.isascii() and text.isdigit() and least <= int(text[:12]) <= most):
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {least} to {most}")
+        return int(text)
+
+    return check
+
+
+def seconds(text: str) -> float:
+    """Check an option that is a number of seconds."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 10**6:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds from 0 to 1000000")
+    return value
+
+
+def scrapy_command(text: str) -> tuple[str, ...]:
+    """Check the command that is Scrapy; a path is taken from where the daemon is started."""
+    import shlex
+
+    try:
+        words = shlex.split(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a command: {error}") from None
+    if not words:
+        raise argparse.ArgumentTypeError("the command is empty")
+    return (os.path.abspath(words[0]) if "/" in words[0] else words[0], *words[1:])
+
+
+def parse_options(argv: list[str] | None) -> argparse.Namespace:
+    """Return the options; None takes them from the command line. Wrong ones end the process with status 2."""
+    parser = argparse.ArgumentParser(
+        prog="scrapy-do", description=(__doc__ or "").splitlines()[0], allow_abbrev=False, fromfile_prefix_chars="@",
+        epilog="@FILE takes options from a file, one word a line. The README explains schedules and the API.",
+    )  # fmt: skip
+    add = parser.add_argument
+    add("--host", default="127.0.0.1", help="address to listen on (%(default)s: this machine only)")
+    add("--port", type=whole_number(0, 65535), default=7654, help="port to listen on, 0 for any (%(default)s)")
+    add("--data-dir", type=Path, default=Path("scrapy-do-data"), help="where everything is kept (./%(default)s)")
+    add("--job-slots", type=whole_number(1, 1000), default=3, help="crawls that run at once (%(default)s)")
+    add("--completed-cap", type=whole_number(1), default=50, help="finished jobs to keep with their logs (%(default)s)")
+    add("--scrapy", type=scrapy_command, default=(sys.executable, "-m", "scrapy"), metavar="CMD",
+        help="the command that is Scrapy (this Python's 'python -m scrapy')")  # fmt: skip
+    add("--kill-after", type=seconds, default=10.0, metavar="SECONDS", help="from SIGTERM to SIGKILL (%(default)g)")
+    add("--list-timeout", type=seconds, default=60.0, metavar="SECONDS", help="for 'scrapy list' (%(default)g)")
+    add("--max-upload", type=whole_number(1, 10**6), default=256, metavar="MIB", help="largest body (%(default)s)")
+    add("--version", action="version", version=f"scrapy-do {__version__}")
+    return parser.parse_args(argv)
+
+
+def listen(options: argparse.Namespace, daemon: Daemon) -> Server:
+    """Return a server that is bound to its address. Raise ScrapyDoError when that cannot be had."""
+    try:
+        return Server((options.host, options.port), daemon, options.max_upload * MIB)
+    except OSError as error:
+        raise Conflict(
+            f"cannot listen on {options.host}, port {options.port}: {error.strerror or error}; "
+            "choose another --port or --host, or stop what uses it"
+        ) from None
+
+
+def serve(options: argparse.Namespace) -> None:
+    """Run the daemon until it is told to stop. Raise ScrapyDoError when it cannot start."""
+    store = Store(Path(os.path.abspath(options.data_dir)))
+    settings = Settings(
+        options.scrapy, options.job_slots, options.completed_cap, options.kill_after, options.list_timeout
+    )
+    daemon = Daemon(store, settings)
+    try:
+        with listen(options, daemon) as server:
+            daemon.start()
+            host, port = server.server_address[:2]
+            log(f"scrapy-do {__version__} listens on http://{f'[{host!s}]' if ':' in str(host) else host!s}:{port}")
+            try:
+                server.serve_forever(poll_interval=3600)
+            finally:
+                server.socket.close()
+                log("stopping: crawls are being ended, their jobs will run again at the next start")
+                daemon.close()
+                server.drain(2.0)
+    finally:
+        daemon.close()
+        store.close()
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line and return its exit status: 0 when told to stop, 1 when the daemon cannot start."""
+    options = parse_options(argv)
+
+    def stop(number: int, frame: Any) -> None:
+        for each in (signal.SIGTERM, signal.SIGINT):  # not SIG_IGN, which a crawl would inherit
+            signal.signal(each, lambda number, frame: None)
+        raise Stop
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, stop)
+    try:
+        serve(options)
+    except Stop:
+        return 0
+    except ScrapyDoError as error:
+        print(f"scrapy-do: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
