@@ -28,6 +28,7 @@ No thread unpacks, starts a process, syncs a file or reads from the network whil
 """
 from __future__ import annotations
 
+# Some modules that a start does not need are imported where they are used: they cost milliseconds and megabytes.
 import argparse
 import contextlib
 import errno
@@ -39,7 +40,6 @@ import json
 import os
 import random
 import re
-import shutil
 import signal
 import socket
 import stat
@@ -47,8 +47,6 @@ import subprocess
 import sys
 import threading
 import time
-import traceback
-import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from enum import Enum
 from pathlib import Path
@@ -134,6 +132,12 @@ class StorageError(ScrapyDoError):
     status = 507
 
 
+def new_identifier() -> str:
+    """Return a random UUID, RFC 9562 section 5.4."""
+    bits = int.from_bytes(os.urandom(16), "big") & ~(0xF << 76 | 0x3 << 62) | (0x4 << 76 | 0x2 << 62)
+    return re.sub(r"(.{8})(.{4})(.{4})(.{4})(.{12})", r"\1-\2-\3-\4-\5", f"{bits:032x}")
+
+
 def log(message: str) -> None:
     """Write one line to stderr, with the local time; a line break in `message` cannot fake a second line."""
     stamp = time.strftime("%Y-%m-%d %H:%M:%S")
@@ -145,6 +149,8 @@ def log(message: str) -> None:
 
 def log_crash(what: str) -> None:
     """Write the traceback of the exception being handled, a line each."""
+    import traceback
+
     for line in f"{what} failed:\n{traceback.format_exc()}".splitlines():
         log(line)
 
@@ -453,10 +459,18 @@ class Project(NamedTuple):
 
 
 Record = Job | Project
+JOB_PATTERN = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}")
+NAME_PATTERN = re.compile(r"\w[\w.-]{0,99}")
+NAME_BYTES = 200  # a file name has at most 255, and the archive's has more than the project's
 FIELD_TYPES: dict[str, type] = {  # all other fields are str
     "status": Status, "actor": Actor, "timestamp": float, "origin": float, "due": float, "duration": int,
     "exit_code": int, "cancel": bool, "pid": int, "pid_created": float, "spiders": list,
 }  # fmt: skip
+
+
+def is_project_name(name: str) -> bool:
+    """Tell whether a project may have that name: letters of any script, digits, `_`, `-` and `.`."""
+    return bool(NAME_PATTERN.fullmatch(name)) and len(name.encode()) <= NAME_BYTES
 
 
 def encode_line(key: str, record: Record) -> bytes:
@@ -489,6 +503,37 @@ def _decode_field(name: str, value: Any) -> Any:
     return tuple(value) if wanted is list else value
 
 
+def decode_project(name: str, fields: Any) -> Project:
+    """Return the project that a JSON object describes. Raise ValueError that names it when it does not."""
+    try:
+        project: Project = decode_record(Project, fields)
+        if project.name != name or not is_project_name(name):
+            raise ValueError(f"'{project.name:.120}' is not its name")
+    except ValueError as error:
+        raise ValueError(f"project '{name:.120}': {error}") from None
+    return project
+
+
+def decode_job(identifier: str, fields: Any) -> Job:
+    """Return the job that a JSON object describes, or when it does not, what is left of the job and the reason.
+
+    An active job with a reason is one that cannot go on. Raise ValueError when not even the identifier is one.
+    """
+    if not JOB_PATTERN.fullmatch(identifier):
+        raise ValueError(f"'{identifier:.60}' is not the identifier of a job")
+    try:
+        job: Job = decode_record(Job, fields)
+        if job.identifier != identifier:
+            raise ValueError(f"'{job.identifier:.60}' is not its identifier")
+    except ValueError as error:
+        names = ("schedule", "project", "spider", "description", "payload")
+        known = fields if isinstance(fields, dict) else {}
+        texts = {name: known[name] for name in names if isinstance(known.get(name), str)}
+        job = Job(identifier, Status.SCHEDULED, Actor.USER, "", "", "", 0.0)
+        return job._replace(reason=f"its record was not valid: {error}", **texts)
+    return job
+
+
 # ---- 4. Store --------------------------------------------------------------------------------------------------------
 
 
@@ -506,6 +551,8 @@ def remove_tree(path: Path) -> None:
     if path.is_symlink() or not path.is_dir():
         path.unlink(missing_ok=True)
         return
+    import shutil
+
     shutil.rmtree(path, ignore_errors=True)
     if path.exists():  # a crawl may have left folders that even their owner cannot write to
         path.chmod(stat.S_IRWXU)
@@ -568,8 +615,11 @@ class Store:
                 raise ValueError("it is not an object with a 'version'")
             if document["version"] != self.VERSION:
                 raise ValueError(f"it has version {document['version']}, this scrapy_do knows {self.VERSION}")
-            projects = self._decode(Project, "name", document.get("projects", {}))
-            jobs = self._decode(Job, "identifier", document.get("jobs", {}))
+            sections = document.get("projects", {}), document.get("jobs", {})
+            if not all(isinstance(section, dict) for section in sections):
+                raise ValueError("its 'projects' and 'jobs' must be objects")
+            projects = {name: decode_project(name, fields) for name, fields in sections[0].items()}
+            jobs = {identifier: decode_job(identifier, fields) for identifier, fields in sections[1].items()}
             self._sweep(projects, jobs)
         except (OSError, ValueError, RecursionError) as error:
             message = f"{self.state_file} cannot be read: {error}. It was left as it is; mend it or move it away"
@@ -577,19 +627,6 @@ class Store:
         self._lines["projects"] = {name: encode_line(name, project) for name, project in projects.items()}
         self._lines["jobs"] = {identifier: encode_line(identifier, job) for identifier, job in jobs.items()}
         return projects, jobs
-
-    def _decode(self, kind: type[Any], key_name: str, section: Any) -> dict[str, Any]:
-        records = {}
-        if not isinstance(section, dict):
-            raise ValueError("'projects' and 'jobs' must be objects")
-        for key, fields in section.items():
-            try:
-                records[key] = decode_record(kind, fields)
-                if getattr(records[key], key_name) != key:
-                    raise ValueError(f"its {key_name} is another")
-            except ValueError as error:
-                raise ValueError(f"{kind.__name__.lower()} '{key}': {error}") from None
-        return records
 
     def _sweep(self, projects: Mapping[str, Project], jobs: Mapping[str, Job]) -> None:
         for project in projects.values():
@@ -637,7 +674,7 @@ class Store:
 
     def new_work_path(self) -> Path:
         """Return a path in the work folder that nobody else uses."""
-        return self.work / str(uuid.uuid4())
+        return self.work / new_identifier()
 
     def write(self, changed: Mapping[tuple[str, str], Record | None], keep: bool = False) -> None:
         """Save changed records, None for a deleted one, and return when they are on the disk.
@@ -685,8 +722,6 @@ class Store:
 
 # ---- 5. Crawls -------------------------------------------------------------------------------------------------------
 
-NAME_PATTERN = re.compile(r"[^\W][\w.-]{0,99}|_[\w.-]{0,99}")
-NAME_BYTES = 200  # a file name has at most 255, and the archive's has more than the project's
 LIST_MODULE = "scrapy_do_spiders"
 LIST_SETTINGS = """
 from importlib import import_module
@@ -719,7 +754,7 @@ def unpack(archive: Path, folder: Path) -> Layout:
 
     Raise BadRequest or TooLarge with the reason when it is not a project or not harmless; the folder may then exist.
     """
-    import zipfile  # 30 ms that a start should not wait for
+    import zipfile
     import zlib
 
     refusals = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, ValueError)
@@ -805,7 +840,7 @@ def read_layout(folder: Path, names: list[str]) -> Layout:
         raise BadRequest(f"scrapy.cfg cannot be read: {error}") from None
     if not name:
         raise BadRequest("scrapy.cfg does not name the project; it needs [deploy] with 'project = NAME'")
-    if not NAME_PATTERN.fullmatch(name) or len(name.encode()) > NAME_BYTES:
+    if not is_project_name(name):
         raise BadRequest(
             f"the project's name {name!r:.120} is not allowed: use letters, digits, '_', '-' and '.', at most 100, "
             "the first not '.' or '-'"
@@ -816,16 +851,16 @@ def read_layout(folder: Path, names: list[str]) -> Layout:
 
 def copy_tree(source: Path, target: Path) -> None:
     """Make a working copy: `.py` files are hard links, since crawls read them, all others are copies."""
-    shutil.copytree(source, target, copy_function=lambda old, new: copy_file(str(old), str(new)))
+    import shutil
 
+    def link_or_copy(old: str, new: str) -> None:
+        if old.endswith(".py"):
+            with contextlib.suppress(OSError):  # a file system without links, or with too many of them
+                os.link(old, new)
+                return
+        shutil.copy2(old, new)
 
-def copy_file(source: str, target: str) -> None:
-    """Link or copy one file of a working copy."""
-    if source.endswith(".py"):
-        with contextlib.suppress(OSError):  # a file system without links, or with too many
-            os.link(source, target)
-            return
-    shutil.copy2(source, target)
+    shutil.copytree(source, target, copy_function=link_or_copy)
 
 
 class Crawl:
@@ -1233,15 +1268,23 @@ class Daemon:
         """Put right what the last daemon could not finish, or a clock that was set back spoils."""
         if job.status is Status.RUNNING and job.cancel:
             draft.move(job, Status.CANCELED, reason=BY_USER)
-        elif job.status is Status.RUNNING:
-            draft.move(job, Status.PENDING, " again")
-        elif job.status is Status.SCHEDULED:
+        elif job.status in ACTIVE:
             try:
-                due, recurrence = job.due, job.recurrence()
-                if due is None or due > recurrence.latest_after(draft.now):
-                    draft.put(job._replace(due=recurrence.next_after(draft.now)))
-            except SpecError as error:
+                if job.reason:
+                    raise BadRequest(job.reason)
+                draft.find_project(job.project)
+                if job.status is Status.RUNNING:
+                    draft.move(job, Status.PENDING, " again")
+                elif job.status is Status.SCHEDULED:
+                    self._check_due(draft, job)
+            except ScrapyDoError as error:
                 draft.move(job, Status.FAILED, reason=str(error))
+
+    def _check_due(self, draft: Draft, job: Job) -> None:
+        """Set a due time that is missing, or further away than it can be unless the clock was set back."""
+        recurrence = job.recurrence()
+        if job.due is None or job.due > recurrence.latest_after(draft.now):
+            draft.put(job._replace(due=recurrence.next_after(draft.now)))
 
     def close(self) -> None:
         """End the crawls, whose jobs become PENDING again, save the state, and end all threads."""
@@ -1440,7 +1483,7 @@ class Daemon:
         """Ask Scrapy for the spiders of an unpacked project. Raise BadRequest with the reason when it has none."""
         work = self._store.new_work_path()
         work.mkdir(mode=0o700)
-        mark = f"{uuid.uuid4()}:"
+        mark = f"{new_identifier()}:"
         environment = self._environment(work.name, layout.name, LIST_MODULE)
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(work), environment.get("PYTHONPATH")]))
         try:
@@ -1514,7 +1557,7 @@ class Daemon:
             if spider not in (known := draft.find_project(project).spiders):
                 raise NotFound(f"project '{project}' has no spider '{spider}'; it has {', '.join(known)}")
             job = Job(
-                str(uuid.uuid4()), Status.PENDING, Actor.USER, when, project, spider, draft.now, description, payload,
+                new_identifier(), Status.PENDING, Actor.USER, when, project, spider, draft.now, description, payload,
                 origin=draft.now,
             )  # fmt: skip
             if recurrence is not None:
@@ -1626,7 +1669,7 @@ class Daemon:
             draft.put(job._replace(due=due), f"job {identifier} is due but skipped: run {job.run} is waiting still")
             return
         run = Job(
-            str(uuid.uuid4()), Status.PENDING, Actor.SCHEDULER, "now", job.project, job.spider, draft.now,
+            new_identifier(), Status.PENDING, Actor.SCHEDULER, "now", job.project, job.spider, draft.now,
             job.description, job.payload, origin=draft.now,
         )  # fmt: skip
         draft.put(job._replace(due=due, run=run.identifier))
@@ -1797,7 +1840,7 @@ TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"  # RFC 9110, section 5.6.2
 REQUEST_LINE = re.compile(rb"(%s) (\S+) HTTP/([0-9])\.([0-9])" % TOKEN)
 HEADER_LINE = re.compile(rb"(%s):[ \t]*([^\0\r\n]*?)[ \t]*" % TOKEN)
 PART_PARAMETER = re.compile(rb';[ \t]*(%s)=(?:"((?:[^"\\]|\\.)*)"|([^\s;"]*))[ \t]*' % TOKEN, re.DOTALL)
-LOG_PATH = re.compile(r"/get-log/data/([0-9a-f-]{36})\.(out|err)")
+LOG_PATH = re.compile(rf"/get-log/data/({JOB_PATTERN.pattern})\.(out|err)")
 REASONS = {
     200: "OK", 400: "Bad Request", 404: "Not Found", 405: "Method Not Allowed", 408: "Request Timeout", 409: "Conflict",
     411: "Length Required", 413: "Content Too Large", 414: "URI Too Long", 415: "Unsupported Media Type",
