@@ -13,7 +13,7 @@
         └── working copy, Popen, wait, exit code ──(started, ended)─────┘
 
 Threads
-    main       accepts connections; a SIGTERM or Ctrl-C raises `Stop` here.
+    main       accepts connections, until SIGTERM or Ctrl-C writes a byte that it waits for, too.
     http-*     answer the requests of one connection at a time; idle ones are used again, then go.
     timer      sleeps until the next due time or deadline, and hands its key on. Never waits for the disk.
     writer     runs the changes, all that have gathered at once, on a draft of the records; writes the draft to the
@@ -40,6 +40,7 @@ import json
 import os
 import random
 import re
+import selectors
 import signal
 import socket
 import stat
@@ -50,7 +51,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from enum import Enum
 from pathlib import Path
-from socketserver import BaseRequestHandler, TCPServer
 from typing import IO, Any, NamedTuple, TypeVar
 
 try:
@@ -72,8 +72,10 @@ ARCHIVE_BYTES = 1024 * MIB  # the most that an archive may unpack to
 REQUEST_SECONDS = 60.0  # for a whole head; for a body there is more, by its size:
 BODY_BYTES_PER_SECOND = 10 * 1024
 IDLE_SECONDS = 10.0  # after which a thread without a connection ends
+DRAIN_SECONDS = 2.0  # for the last answers when the daemon stops
 LINGER_SECONDS = 2.0  # how long the rest of a refused body is read, so that the client sees the answer
 CONNECTIONS_COUNT = 256
+BACKLOG_COUNT = 1024  # connections that the kernel keeps until they are accepted
 BATCH_COUNT = 256  # changes that share one write: bounds how long the records stay locked
 RETRY_SECONDS = 2.0  # between attempts to save what the disk did not take
 CLOCK_CHECK_SECONDS = 60.0  # a wait does not notice that the system clock was set
@@ -1610,7 +1612,7 @@ class Daemon:
             projects = list(self._projects.values())
         return {
             "memory-usage": self._process.memory_info().rss / MIB,
-            "cpu-usage": self._process.cpu_percent(),
+            "cpu-usage": self._process.cpu_percent(),  # since the last call
             "time": local_time(self._clock.time()),
             "timezone": "; ".join(time.tzname),
             "hostname": socket.gethostname(),
@@ -1838,7 +1840,7 @@ def describe_seconds(seconds: float) -> str:
 
 TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"  # RFC 9110, section 5.6.2
 REQUEST_LINE = re.compile(rb"(%s) (\S+) HTTP/([0-9])\.([0-9])" % TOKEN)
-HEADER_LINE = re.compile(rb"(%s):[ \t]*([^\0\r\n]*?)[ \t]*" % TOKEN)
+HEADER_LINE = re.compile(rb"(%s):([^\0\r\n]*)" % TOKEN)
 PART_PARAMETER = re.compile(rb';[ \t]*(%s)=(?:"((?:[^"\\]|\\.)*)"|([^\s;"]*))[ \t]*' % TOKEN, re.DOTALL)
 LOG_PATH = re.compile(rf"/get-log/data/({JOB_PATTERN.pattern})\.(out|err)")
 REASONS = {
@@ -1972,7 +1974,10 @@ def parse_head(head: bytes) -> Request:
     if minor != b"0" and "host" not in headers:
         raise BadRequest("the Host header is missing")
     wish = headers.get("connection", "").lower()
-    keeps_alive = "close" not in wish and (minor != b"0" or "keep-alive" in wish)
+    keeps_alive = "close" not in wish
+    if minor == b"0":  # RFC 9112, section 6.1, and RFC 9110, section 10.1.1
+        keeps_alive = keeps_alive and "keep-alive" in wish and "transfer-encoding" not in headers
+        headers.pop("expect", None)
     path, _, query = re.sub(rb"^https?://[^/?]*", b"", target, flags=re.I).partition(b"?")
     return Request(method.decode(), decode_text(decode_percent(path), "path"), query, headers, keeps_alive)
 
@@ -1986,7 +1991,7 @@ def parse_headers(lines: list[bytes]) -> dict[str, str]:
         match = HEADER_LINE.fullmatch(line)
         if match is None:
             raise BadRequest(f"this is not a header: {line[:80].decode('latin-1')!r}")
-        name, value = match[1].decode().lower(), match[2].decode("latin-1")
+        name, value = match[1].decode().lower(), match[2].strip(b" \t").decode("latin-1")
         if name in headers and name in ("host", "content-length", "transfer-encoding", "content-type"):
             raise BadRequest(f"the header {name} is there twice")
         headers[name] = f"{headers[name]}, {value}" if name in headers else value
@@ -2045,12 +2050,12 @@ class Body:
         bad = BadRequest("the chunked body is broken")
         while True:
             line = self._wire.take_until(b"\r\n", 256, bad)
-            size = line.split(b";")[0].rstrip(b" \t")
-            if not re.fullmatch(rb"[0-9A-Fa-f]{1,15}", size):
+            match = re.fullmatch(rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;[^\r\n]*)?", line)
+            if match is None:
                 raise bad
-            if int(size, 16) == 0:
+            if int(match[1], 16) == 0:
                 break
-            yield from self._wire.counted(int(size, 16))
+            yield from self._wire.counted(int(match[1], 16))
             if self._wire.take_until(b"\r\n", 0, bad):
                 raise bad
         for _ in range(HEADERS_COUNT):
@@ -2063,7 +2068,7 @@ def urlencoded_fields(pieces: Iterator[bytes]) -> Iterator[Field]:
     """Yield the fields of `application/x-www-form-urlencoded` data; a value may be of any size, and binary."""
     source = Pieces(pieces)
     while source.buffer or source.more():
-        while not (mark := re.search(rb"[=&]", source.buffer)) and len(source.buffer) <= TEXT_BYTES and source.more():
+        while not (mark := re.search(rb"[=&]", source.buffer)) and len(source.buffer) <= URL_BYTES and source.more():
             pass
         end = mark.start() if mark else len(source.buffer)
         name = decode_percent(source.take(end).replace(b"+", b" "))
@@ -2085,7 +2090,7 @@ def urlencoded_value(source: Pieces) -> Iterator[bytes]:
             cut = source.buffer.rfind(b"%")
         yield decode_percent(source.take(cut).replace(b"+", b" "))
         if not source.more():
-            yield source.take(2)
+            yield source.take(2).replace(b"+", b" ")
             return
 
 
@@ -2209,7 +2214,7 @@ class Route(NamedTuple):
     optional: tuple[str, ...] = ()
 
 
-def read_form(route: Route, fields: Iterator[Field], upload: Path) -> dict[str, str]:
+def read_form(route: Route, fields: Iterator[Field], upload: Path | None = None) -> dict[str, str]:
     """Return the parameters of a request; an archive is saved to `upload`, and its value is that path.
 
     Raise BadRequest that names a parameter which is unknown, there twice, or missing.
@@ -2222,10 +2227,11 @@ def read_form(route: Route, fields: Iterator[Field], upload: Path) -> dict[str, 
             raise BadRequest(f"{route.name} has no parameter '{name:.60}'; {exist}")
         if name in form:
             raise BadRequest(f"the parameter '{name}' is there twice; {exist}, each once")
-        if name == "archive":
+        if name == "archive" and upload is not None:
             save_pieces(pieces, upload)
-        text = str(upload).encode() if name == "archive" else join_pieces(pieces, f"parameter '{name}'")
-        form[name] = decode_text(text, f"parameter '{name}'")
+            form[name] = str(upload)
+        else:
+            form[name] = decode_text(join_pieces(pieces, f"parameter '{name}'"), f"parameter '{name}'")
     if missing := [name for name in route.required if name not in form]:
         raise BadRequest(f"{route.name} needs the parameter '{missing[0]}'; {exist}")
     return form
@@ -2261,23 +2267,24 @@ ROUTES = {
 }  # fmt: skip
 
 
-class Handler(BaseRequestHandler):
+class Handler:
     """Answer the requests of one connection, one after another."""
 
-    server: Server
+    def __init__(self, server: Server, connection: socket.socket):
+        self.server, self.wire = server, Wire(connection)
+        self.is_last = self.is_head = False
+        self.body: Body | None = None
 
     def handle(self) -> None:
         """Answer until the client goes, asks to close, or sends what cannot be followed by another request."""
-        self.wire = Wire(self.request)
-        self.is_last = False
         with contextlib.suppress(Gone):
             while not self.is_last:
                 self._handle_one()
-            self.wire.linger()
+            if self.body is None or not self.body.is_read:
+                self.wire.linger()
 
     def _handle_one(self) -> None:
-        self.body: Body | None = None
-        self.is_head = False
+        self.body, self.is_head = None, False
         self.wire.expect(REQUEST_SECONDS)
         try:
             too_long = HttpError(431, f"the head of the request is longer than {HEAD_BYTES} bytes")
@@ -2315,11 +2322,14 @@ class Handler(BaseRequestHandler):
 
     def _call(self, route: Route, request: Request) -> dict[str, Any]:
         """Read the parameters, have the route answer, and clear its upload away."""
-        upload = self.server.daemon.new_upload_path()
+        daemon = self.server.daemon
+        if "archive" not in route.required:
+            return route.answer(daemon, read_form(route, self._fields(route, request)))
+        upload = daemon.new_upload_path()
         try:
-            return route.answer(self.server.daemon, read_form(route, self._fields(route, request), upload))
+            return route.answer(daemon, read_form(route, self._fields(route, request), upload))
         finally:
-            upload.unlink(missing_ok=True) if "archive" in route.required else None
+            upload.unlink(missing_ok=True)
 
     def _fields(self, route: Route, request: Request) -> Iterator[Field]:
         assert self.body is not None
@@ -2348,8 +2358,7 @@ class Handler(BaseRequestHandler):
             self.is_last = True
         fields = {"Content-Type": kind, "Content-Length": str(length), "Date": http_date(int(time.time()))}
         fields |= {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff", **headers}
-        if self.is_last:
-            fields["Connection"] = "close"
+        fields["Connection"] = "close" if self.is_last else "keep-alive"  # HTTP/1.0 wants to be told
         lines = [f"HTTP/1.1 {status} {REASONS[status]}", *(f"{name}: {value}" for name, value in fields.items())]
         head = "\r\n".join([*lines, "", ""]).encode("latin-1")
         self.wire.send(head if self.is_head else head + data)
@@ -2357,12 +2366,17 @@ class Handler(BaseRequestHandler):
     def _send_log(self, path: Path) -> None:
         """Send what a log holds now; a job that has written nothing has an empty one."""
         try:
-            descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+            descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
         except FileNotFoundError:
             self._send(200, "text/plain; charset=utf-8", 0, b"", {})
             return
+        except OSError as error:
+            raise NotFound(f"the log cannot be read: {error.strerror}") from None
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            os.close(descriptor)
+            raise NotFound("there is something else in the place of the log")
         with open(descriptor, "rb") as file:
-            left = os.fstat(file.fileno()).st_size
+            left = os.fstat(descriptor).st_size
             piece = file.read(min(left, CHUNK_BYTES))
             self._send(200, "text/plain; charset=utf-8", left, piece, {})
             while not self.is_head and (left := left - len(piece)):
@@ -2374,69 +2388,78 @@ class Handler(BaseRequestHandler):
 
 @functools.lru_cache(maxsize=2)
 def http_date(second: int) -> str:
-    """Return POSIX seconds as HTTP writes them, RFC 9110 section 5.6.7; English whatever the locale."""
-    t = time.gmtime(second)
-    day = ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun")[t.tm_wday]
-    month = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")[t.tm_mon - 1]
-    return f"{day}, {t.tm_mday:02} {month} {t.tm_year} {t.tm_hour:02}:{t.tm_min:02}:{t.tm_sec:02} GMT"
+    """Return POSIX seconds as HTTP writes them, RFC 9110 section 5.6.7; Python leaves the names English."""
+    return time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime(second))
 
 
-class Server(TCPServer):
+class Server:
     """Accept connections and give each to a thread, an idle one if there is.
 
-    What http.server would add is not used here, and costs 6 MiB and 30 ms for the ssl and email that it imports.
+    Of http.server and socketserver nothing would be left to use here, and they cost 7 MiB and 30 ms to import.
     """
 
-    request_queue_size = 1024
-    allow_reuse_address = True
-
     def __init__(self, address: tuple[str, int], daemon: Daemon, max_upload: int):
+        """Listen on an address, without asking DNS for its name. Raise OSError when it cannot be had."""
         self.daemon, self.max_upload = daemon, max_upload
-        self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
+        family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
+        self.socket = socket.create_server(address, family=family, backlog=BACKLOG_COUNT)
+        self.socket.setblocking(False)
+        self.host, self.port = self.socket.getsockname()[:2]
         self._lock = threading.Lock()  # guards all below
         self._connection_waits = threading.Condition(self._lock)
         self._requests_ended = threading.Condition(self._lock)
-        self._waiting: list[tuple[socket.socket, Any]] = []
+        self._waiting: list[socket.socket] = []
         self._thread_count = self._idle_count = self._requests = 0
-        super().__init__(address, Handler)
 
-    def process_request(self, request: Any, client_address: Any) -> None:
-        """Queue a connection for a thread; past the cap tell it so at once."""
-        request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    def serve(self, stop: socket.socket) -> None:
+        """Accept connections until something can be read from `stop`; then stop listening."""
+        with selectors.DefaultSelector() as selector, self.socket:
+            selector.register(self.socket, selectors.EVENT_READ)
+            selector.register(stop, selectors.EVENT_READ)
+            while stop not in [key.fileobj for key, _ in selector.select()]:
+                try:
+                    connection, _ = self.socket.accept()
+                except OSError as error:  # a client that went at once, or no file descriptors: wait for some
+                    time.sleep(0.05 if error.errno in (errno.EMFILE, errno.ENFILE) else 0)
+                else:
+                    self._give(connection)
+
+    def _give(self, connection: socket.socket) -> None:
+        """Queue a connection for a thread; where no more can be had, tell it so at once."""
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         with self._lock:
             needs_thread = len(self._waiting) >= self._idle_count
-            if is_full := needs_thread and self._thread_count >= CONNECTIONS_COUNT:
-                needs_thread = False
-            else:
-                self._waiting.append((request, client_address))
+            has_room = not needs_thread or self._thread_count < CONNECTIONS_COUNT
+            if has_room:
+                self._waiting.append(connection)
                 self._thread_count += needs_thread
                 self._idle_count += needs_thread
                 self._connection_waits.notify()
-        if is_full:
-            self._turn_away(request)
-        if needs_thread:
-            threading.Thread(target=self._serve_connections, name="http", daemon=True).start()
-
-    def _turn_away(self, request: Any) -> None:
-        message = b'{"status": "error", "msg": "too many connections at once; try again later"}\n'
-        head = b"HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\nConnection: close\r\n"
-        with contextlib.suppress(OSError):
-            request.settimeout(0)
-            request.send(head + b"Content-Length: %d\r\n\r\n" % len(message) + message)
-        self.shutdown_request(request)
+        if has_room and needs_thread:
+            try:
+                threading.Thread(target=self._serve_connections, name="http", daemon=True).start()
+            except RuntimeError:  # the system gives no more threads
+                with self._lock:
+                    self._thread_count -= 1
+                    self._idle_count -= 1
+                    has_room = connection not in self._waiting  # another thread has taken it meanwhile
+                    if not has_room:
+                        self._waiting.remove(connection)
+        if not has_room:
+            turn_away(connection)
 
     def _serve_connections(self) -> None:
         """Do the work of one thread: serve connections until there is none for a while."""
         while connection := self._next_connection():
-            try:
-                self.finish_request(*connection)
-            except Exception:
-                log_crash("a connection")
-            self.shutdown_request(connection[0])
+            with connection:
+                try:
+                    Handler(self, connection).handle()
+                except Exception:
+                    log_crash("a connection")
             with self._lock:
                 self._idle_count += 1
 
-    def _next_connection(self) -> tuple[socket.socket, Any] | None:
+    def _next_connection(self) -> socket.socket | None:
         with self._lock:
             if not self._waiting:
                 self._connection_waits.wait(IDLE_SECONDS)
@@ -2459,11 +2482,17 @@ class Server(TCPServer):
             self._requests_ended.wait_for(lambda: self._requests == 0, seconds)
 
 
+def turn_away(connection: socket.socket) -> None:
+    """Close a connection for which there is no thread, with an answer that does not wait for its request."""
+    message = b'{"status": "error", "msg": "too many connections at once; try again later"}\n'
+    head = b"HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\nConnection: close\r\n"
+    with connection, contextlib.suppress(OSError):
+        connection.setblocking(False)
+        connection.send(head + b"Content-Length: %d\r\n\r\n" % len(message) + message)
+        connection.shutdown(socket.SHUT_WR)
+
+
 # ---- 9. Command line -------------------------------------------------------------------------------------------------
-
-
-class Stop(BaseException):
-    """Take the main thread out of whatever it does, when the daemon is told to end."""
 
 
 def whole_number(least: int, most: int = 10**9) -> Callable[[str], int]:
@@ -2533,45 +2562,39 @@ def listen(options: argparse.Namespace, daemon: Daemon) -> Server:
         ) from None
 
 
-def serve(options: argparse.Namespace) -> None:
-    """Run the daemon until it is told to stop. Raise ScrapyDoError when it cannot start."""
+def serve(options: argparse.Namespace, stop: socket.socket) -> None:
+    """Run the daemon until something can be read from `stop`. Raise ScrapyDoError when it cannot start."""
     store = Store(Path(os.path.abspath(options.data_dir)))
-    settings = Settings(
-        options.scrapy, options.job_slots, options.completed_cap, options.kill_after, options.list_timeout
-    )
-    daemon = Daemon(store, settings)
+    names = Settings._fields
+    daemon = Daemon(store, Settings(**{name: getattr(options, name) for name in names}))
     try:
-        with listen(options, daemon) as server:
-            daemon.start()
-            host, port = server.server_address[:2]
-            log(f"scrapy-do {__version__} listens on http://{f'[{host!s}]' if ':' in str(host) else host!s}:{port}")
-            try:
-                server.serve_forever(poll_interval=3600)
-            finally:
-                server.socket.close()
-                log("stopping: crawls are being ended, their jobs will run again at the next start")
-                daemon.close()
-                server.drain(2.0)
+        server = listen(options, daemon)
+        daemon.start()
+        host = f"[{server.host}]" if ":" in server.host else server.host
+        log(f"scrapy-do {__version__} listens on http://{host}:{server.port}")
+        server.serve(stop)
+        log("stopping: crawls are being ended, their jobs will run again at the next start")
+        daemon.close()
+        server.drain(DRAIN_SECONDS)
     finally:
         daemon.close()
         store.close()
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line and return its exit status: 0 when told to stop, 1 when the daemon cannot start."""
+    """Run the command line and return its exit status: 0 when told to stop, 1 when the daemon cannot start.
+
+    A signal writes a byte that `serve` waits for, see signal.set_wakeup_fd: a handler that only runs between two
+    bytecodes of the main thread could come just too late to end a wait.
+    """
     options = parse_options(argv)
-
-    def stop(number: int, frame: Any) -> None:
-        for each in (signal.SIGTERM, signal.SIGINT):  # not SIG_IGN, which a crawl would inherit
-            signal.signal(each, lambda number, frame: None)
-        raise Stop
-
+    stop, wake = socket.socketpair()
+    wake.setblocking(False)
+    signal.set_wakeup_fd(wake.fileno(), warn_on_full_buffer=False)
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, stop)
+        signal.signal(number, lambda number, frame: None)  # not SIG_IGN, which a crawl would inherit
     try:
-        serve(options)
-    except Stop:
-        return 0
+        serve(options, stop)
     except ScrapyDoError as error:
         print(f"scrapy-do: {error}", file=sys.stderr)
         return 1

@@ -8,6 +8,7 @@ import json
 import os
 import pathlib
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -141,15 +142,17 @@ class Inside(Client):
         self.daemon = scrapy_do.Daemon(self.store, scrapy_do.Settings(scrapy=scrapy, **settings), clock)
         self.server = scrapy_do.Server(("127.0.0.1", 0), self.daemon, 4 * scrapy_do.MIB)
         self.daemon.start()
-        self.port = self.server.server_address[1]
-        self.thread = threading.Thread(target=self.server.serve_forever, args=(0.01,))
+        self.port = self.server.port
+        self.stop, self.wake = socket.socketpair()
+        self.thread = threading.Thread(target=self.server.serve, args=(self.stop,))
         self.thread.start()
 
     def close(self):
         """Stop it as main does."""
-        self.server.shutdown()
+        self.wake.send(b"x")
         self.thread.join()
-        self.server.server_close()
+        self.stop.close()
+        self.wake.close()
         self.daemon.close()
         self.server.drain(5)
         self.store.close()
