@@ -68,6 +68,7 @@ HEADERS_COUNT = 100
 TEXT_BYTES = MIB  # the longest value of a parameter that is not an archive
 ARCHIVE_ENTRIES = 10_000
 FOLDER_DEPTH = 50
+ZIP_HEADER_BYTES = 30  # before the name of an entry and its data
 ARCHIVE_BYTES = 1024 * MIB  # the most that an archive may unpack to
 REQUEST_SECONDS = 60.0  # for a whole head; for a body there is more, by its size:
 BODY_BYTES_PER_SECOND = 10 * 1024
@@ -224,31 +225,40 @@ class Recurrence(NamedTuple):
         `rng.randint` draws the number of units when the spec leaves it open. Raise SpecError when the due time would
         be past the year 9999.
         """
-        count = self.low if self.low == self.high else rng.randint(self.low, self.high)
-        if moment + count * UNIT_SECONDS[self.unit] > LAST_INSTANT:
+        if moment + (self.high + 2) * UNIT_SECONDS[self.unit] > LAST_INSTANT:  # a time of day may add one and an hour
             raise SpecError("the next run would be past the year 9999; choose a shorter interval")
+        count = self.low if self.low == self.high else rng.randint(self.low, self.high)
         return self._next_elapsed(moment, count) if self.is_elapsed else self._next_local(moment, count)
 
     def _next_elapsed(self, moment: float, count: int) -> float:
         size = UNIT_SECONDS[self.unit]
         if self.at is None:
             return moment + count * size
+        offset, later = _utc_offset(moment), _utc_offset(moment + size)
+        due = ((moment + offset) // size + (count if count != 1 else 0)) * size + self.at - offset
+        if due <= moment:
+            due += size
+        again = due + (offset - later) % size - size  # where clocks go back half an hour, the minute comes again sooner
+        return again if count == 1 and again > moment and _utc_offset(again) == later else due
+
+    def _wall_of(self, moment: float) -> float:
+        """Return what local clocks show, or would have shown had no gap over midnight delayed a run to `moment`."""
         wall = moment + _utc_offset(moment)
-        due = moment + (wall // size * size + self.at - wall)
-        due = round(due) + (count * size if count != 1 else 0)
-        return due if due > moment else float(due + size)
+        if self.at is None:
+            return wall
+        yesterday = (wall // DAY_SECONDS - 1) * DAY_SECONDS + self.at
+        return yesterday if _instant_of_wall(yesterday) == moment else wall
 
     def _next_local(self, moment: float, count: int) -> float:
-        wall = moment + _utc_offset(moment)
-        day, time_of_day = divmod(wall, DAY_SECONDS)
+        day, time_of_day = divmod(self._wall_of(moment), DAY_SECONDS)
         step = count * UNIT_SECONDS[self.unit] // DAY_SECONDS
         if self.weekday is not None:
             day += (self.weekday - (day + 3)) % 7  # 1970-01-01 was a Thursday
-        if count != 1:
+        if count != 1 or (self.unit == "week" and self.weekday is None):  # only a day or weekday may still be to come
             day += step
         at = time_of_day if self.at is None else self.at
         due = _instant_of_wall(day * DAY_SECONDS + at)
-        while due <= moment:
+        while due < moment + 1e-6:  # the sum above may round up; no two due times are that close
             day += step
             due = _instant_of_wall(day * DAY_SECONDS + at)
         return due
@@ -261,16 +271,14 @@ class Recurrence(NamedTuple):
         longest = self.high * UNIT_SECONDS[self.unit]
         missed = int((now - due) // longest) - 2  # two less: a day of 25 hours, and the last steps are drawn
         if missed > 0:
-            leap = due + missed * longest
-            due = leap if self.is_elapsed else leap + _utc_offset(due) - _utc_offset(leap)
+            leap = missed * longest
+            due = due + leap if self.is_elapsed else _instant_of_wall(self._wall_of(due) + leap)
         while due <= now:
             due = self.next_after(due, rng)
         return due
 
     def latest_after(self, moment: float) -> float:
         """Return the latest instant that `next_after(moment)` can give: no due time may be further away."""
-        if self.is_elapsed:
-            return moment + self.high * UNIT_SECONDS[self.unit]
         return self._replace(low=self.high).next_after(moment)
 
 
@@ -300,11 +308,12 @@ class _Words:
     def take_number(self) -> int:
         """Return the next word as a whole number from 1."""
         word = self.take()
-        if not (word.isascii() and word.isdigit() and int(word[:20]) > 0):
+        digits = word.lstrip("0")
+        if not (word.isascii() and digits.isdigit()):
             raise self.error(word, "a whole number from 1 is wanted here")
-        if len(word) > 12:
+        if len(digits) > 12:
             raise self.error(word, "the next run would be past the year 9999")
-        return int(word)
+        return int(digits)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -344,7 +353,8 @@ def _parse_unit(words: _Words, most: int, plural: bool) -> str:
     word = words.take()
     unit = word.removesuffix("s")
     if unit not in UNIT_SECONDS or word not in (unit, unit + "s"):
-        raise words.error(word, "a number, a unit of time or a weekday is wanted here")
+        wanted = "a unit of time" if words.place > 2 else "a whole number from 1, a unit of time or a weekday"
+        raise words.error(word, f"{wanted} is wanted here")
     if plural and word == unit:
         raise words.error(word, f"write '{' '.join(words.words[:words.place])}s'")
     if most * UNIT_SECONDS[unit] > LAST_INSTANT:
@@ -772,7 +782,9 @@ def unpack(archive: Path, folder: Path) -> Layout:
     except refusals as error:
         raise BadRequest(f"the archive is not a sound zip file: {error}") from None
     except OSError as error:
-        if error.errno in (errno.ENAMETOOLONG, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.EILSEQ, errno.EINVAL):
+        if error.errno == errno.EINVAL:  # zipfile has been led before the beginning of the file
+            raise BadRequest("the archive is not a sound zip file: it is cut off") from None
+        if error.errno in (errno.ENAMETOOLONG, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.EILSEQ):
             raise BadRequest(f"the archive holds a path that cannot be: {error}") from None
         raise StorageError(f"the archive cannot be unpacked: {error}") from None
     return read_layout(folder, [entry.filename for entry in entries])
@@ -797,6 +809,9 @@ def check_entries(entries: list[Any]) -> None:
             raise BadRequest(f"the archive holds {name!r:.100} twice or too deep")
         files.add(parts)
         folders.update(parts[:depth] for depth in range(1, len(parts)))
+    for entry, following in itertools.pairwise(sorted(entries, key=lambda entry: entry.header_offset)):
+        if entry.header_offset + ZIP_HEADER_BYTES + entry.compress_size > following.header_offset:
+            raise BadRequest("the archive is not a sound zip file: its entries overlap")
     if len(files | folders) > ARCHIVE_ENTRIES:
         raise TooLarge(f"the archive has more than {ARCHIVE_ENTRIES} files and folders")
 
@@ -2289,11 +2304,12 @@ class Handler:
         try:
             too_long = HttpError(431, f"the head of the request is longer than {HEAD_BYTES} bytes")
             head = self.wire.take_until(b"\r\n\r\n", HEAD_BYTES, too_long)
-            self.server.note_request(1)
-            try:
-                self._answer(parse_head(head.lstrip(b"\r\n")))
-            finally:
-                self.server.note_request(-1)
+        except ScrapyDoError as error:
+            self._refuse(error)
+            return
+        self.server.note_request(1)
+        try:
+            self._answer(parse_head(head.lstrip(b"\r\n")))
         except ScrapyDoError as error:
             self._refuse(error)
         except Gone:
@@ -2301,6 +2317,8 @@ class Handler:
         except Exception:
             log_crash("answering a request")
             self._refuse(HttpError(500, "the daemon met an error of its own; its log has the details"))
+        finally:
+            self.server.note_request(-1)
 
     def _answer(self, request: Request) -> None:
         self.is_head = request.method == "HEAD"
