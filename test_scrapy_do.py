@@ -3665,14 +3665,15 @@ def test_crash_is_500_and_its_traceback_only_in_the_log(site, tmp_path, monkeypa
 
 
 def test_log_of_a_running_crawl_grows(site, tmp_path):
-    os.mkfifo(tmp_path / "gate")
-    site.push(talker=f"echo one; echo two >&2; read line < '{tmp_path}/gate'; echo three $line; read line < '{tmp_path}/gate'")
+    gates = tmp_path / "more", tmp_path / "end"
+    wait = "while [ ! -e '{}' ]; do sleep 0.02; done"
+    site.push(talker=f"echo one; echo two >&2; {wait.format(gates[0])}; echo three; {wait.format(gates[1])}")
     identifier = site.schedule("talker")
     wait_for(lambda: site.log(identifier, "out") == "one\n" and site.log(identifier, "err") == "two\n")
-    (tmp_path / "gate").write_text("more\n")
-    wait_for(lambda: site.log(identifier, "out") == "one\nthree more\n")
+    gates[0].touch()
+    wait_for(lambda: site.log(identifier, "out") == "one\nthree\n")
     assert site.job(identifier)["status"] == "RUNNING"
-    (tmp_path / "gate").write_text("\n")
+    gates[1].touch()
     assert site.wait_job(identifier)["status"] == "SUCCESSFUL"
 
 
