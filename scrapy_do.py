@@ -1254,15 +1254,19 @@ class Daemon:
         draft = Draft(projects, jobs, self._clock.time())
         for job in jobs.values():
             self._recover(draft, job)
-        changed = draft.changed
-        jobs.update({key: job for (_, key), job in changed.items() if isinstance(job, Job)})
+        jobs.update({key: job for (_, key), job in draft.changed.items() if isinstance(job, Job)})
         with self._lock:
             self._projects.update(projects)
             self._jobs.update(jobs)
             for job in sorted(jobs.values(), key=lambda job: job.status in COMPLETED and job.timestamp):
                 self._index_locked(job)
         self._writer.start()
-        self._commit(lambda draft: draft.changed.update(changed), is_fact=True)
+
+        def adopt(published: Draft) -> None:
+            published.changed.update(draft.changed)
+            published.events += draft.events
+
+        self._commit(adopt, is_fact=True)
         self._commit(self._purge, is_fact=True)
         self._timer.start()
         for slot in self._slots:
@@ -1737,8 +1741,9 @@ class Daemon:
             command += ["-a", f"payload={job.payload}"]
         try:
             project = self._copy_project(job.project, folder)
-        except OSError as error:  # shutil.Error is one
-            raise StorageError(f"no working copy could be made for the crawl: {error}") from None
+        except OSError as error:  # shutil.Error is one, with a list of (source, target, what went wrong)
+            first = error.args[0][0][-1] if isinstance(error.args[0], list) else error
+            raise StorageError(f"no working copy could be made for the crawl: {first}") from None
         environment = self._environment(job.identifier, project.name, project.settings, job.spider)
         logs = [self._store.log_file(job.identifier, stream) for stream in ("out", "err")]
         crawl = self._start(command, folder / project.folder, environment, *logs)
@@ -1802,7 +1807,8 @@ class Daemon:
     def _finish(self, draft: Draft, identifier: str, is_interrupted: bool, outcome: dict[str, Any]) -> None:
         """Give a job that has run its last status, or the first one again."""
         job = draft.find_job(identifier)
-        event = f" after {outcome['duration']} s, exit code {outcome['exit_code']}"
+        code = outcome["exit_code"]
+        event = f" after {outcome['duration']} s, {outcome['reason'] if code is None else f'exit code {code}'}"
         if job.cancel:
             draft.move(job, Status.CANCELED, event, **{**outcome, "reason": BY_USER})
         elif is_interrupted:
@@ -2331,7 +2337,8 @@ class Handler:
             self._check_method(request, route.method)
             self._send_json(200, {"status": "ok", **self._call(route, request)})
         else:
-            raise NotFound(f"there is no {request.path:.100}; the paths that exist are {', '.join(ROUTES)}")
+            paths = ", ".join([*ROUTES, "/get-log/data/ID.out", "/get-log/data/ID.err"])
+            raise NotFound(f"there is no {request.path:.100}; the paths that exist are {paths}")
 
     def _check_method(self, request: Request, method: str) -> None:
         allowed = ("GET", "HEAD") if method == "GET" else (method,)

@@ -2272,7 +2272,7 @@ def test_cancel_twice_at_once_and_at_the_natural_end_gives_one_outcome(inside):
     check_counts(site.get("status"))
 
 
-def test_a_start_that_fails_frees_its_slot(inside, tmp_path):
+def test_a_start_that_fails_frees_its_slot(inside, tmp_path, capsys):
     site = inside(job_slots=1)
     site.push()
     script = tmp_path / "stub-scrapy"
@@ -2287,6 +2287,7 @@ def test_a_start_that_fails_frees_its_slot(inside, tmp_path):
         job = site.wait_job(site.schedule())
         assert (job["status"], job["exit_code"]) == ("FAILED", None)
         assert "cannot be started" in job["reason"]
+        assert f"job {job['identifier']} is FAILED after 0 s, {job['reason']}" in capsys.readouterr().err
         script.write_text(source)
         script.chmod(0o755)
         assert site.wait_job(site.schedule())["status"] == "SUCCESSFUL"
@@ -2294,6 +2295,25 @@ def test_a_start_that_fails_frees_its_slot(inside, tmp_path):
     assert (long["status"], long["reason"]) == ("FAILED", "the payload is too long for an argument of a command")
     assert site.wait_job(site.schedule())["status"] == "SUCCESSFUL"
     check_counts(site.get("status"))
+
+
+def test_an_unknown_path_is_answered_with_all_that_exist(site):
+    status, answer = site.call("GET", "/status")
+    assert status == 404
+    assert [path for path in (*scrapy_do.ROUTES, "/get-log/data/ID.out", "/get-log/data/ID.err") if path not in answer["msg"]] == []
+
+
+def test_a_working_copy_that_cannot_be_made_is_one_sentence(site, monkeypatch):
+    def refuse(source, target, **options):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), target)
+
+    site.push()
+    monkeypatch.setattr(shutil, "copy2", refuse)
+    job = site.wait_job(site.schedule())
+    assert (job["status"], job["exit_code"]) == ("FAILED", None)
+    assert job["reason"].startswith("no working copy could be made for the crawl: [Errno 28] No space left on device")
+    monkeypatch.undo()
+    assert site.wait_job(site.schedule())["status"] == "SUCCESSFUL"
 
 
 def test_an_archive_deleted_by_hand_fails_its_jobs_with_a_reason(outside, tmp_path):
@@ -2476,6 +2496,8 @@ def test_a_crash_ends_the_crawl_and_runs_the_job_again(outside, tmp_path):
     assert len(before) == 2
     site.start()
     assert [pid for pid in alive(pids) if pid in before] == []
+    log = site.log_path.read_text()
+    assert all(f"job {job} is PENDING again" in log for job in jobs)
     wait_for(lambda: len(alive(pids)) == 2)
     assert [site.job(job)["status"] for job in jobs] == ["RUNNING", "RUNNING"]
     release(tmp_path)
@@ -3903,7 +3925,7 @@ def test_events_are_log_lines_that_cannot_be_faked(outside):
 def test_the_file_stays_short_enough_to_be_read():
     """Growing is a decision: whoever raises the number has looked for the simpler shape."""
     source = MODULE.read_text()
-    assert len(source.splitlines()) <= 2623
+    assert len(source.splitlines()) <= 2630
     banners = re.findall(r"^# ---- ([0-9]+)\. ", source, re.MULTILINE)
     assert banners == [str(number) for number in range(1, 10)]
 
