@@ -486,9 +486,13 @@ def is_project_name(name: str) -> bool:
 
 
 def encode_line(key: str, record: Record) -> bytes:
-    """Return the record as a member of a JSON object, on one line."""
+    """Return the record as a member of a JSON object, on one line.
+
+    What is not UTF-8 in the name of a file, and so in a reason, becomes an escape, which JSON has for it, too.
+    """
     fields = {name: value for name, value in record._asdict().items() if value is not None}
-    return f"{json.dumps(key, ensure_ascii=False)}: {json.dumps(fields, ensure_ascii=False)}".encode()
+    line = f"{json.dumps(key, ensure_ascii=False)}: {json.dumps(fields, ensure_ascii=False)}"
+    return line.encode("utf-8", "backslashreplace")
 
 
 def decode_record(kind: type[Any], fields: Any) -> Any:
@@ -1147,15 +1151,19 @@ class Draft:
 
     def find_job(self, identifier: str) -> Job:
         """Return a job. Raise NotFound when there is none of that identifier."""
-        job = self.changed.get(("jobs", identifier), self._jobs.get(identifier))
-        if not isinstance(job, Job):
+        job = self._get_job(identifier)
+        if job is None:
             raise NotFound(f"there is no job '{identifier}'; list-jobs.json shows those there are")
         return job
 
-    def is_pending(self, identifier: str | None) -> bool:
+    def is_pending(self, identifier: str) -> bool:
         """Tell whether there is a job of that identifier that waits for a slot."""
-        job = self.changed.get(("jobs", identifier or ""), self._jobs.get(identifier or ""))
-        return isinstance(job, Job) and job.status is Status.PENDING
+        job = self._get_job(identifier)
+        return job is not None and job.status is Status.PENDING
+
+    def _get_job(self, identifier: str) -> Job | None:
+        job = self.changed.get(("jobs", identifier), self._jobs.get(identifier))
+        return job if isinstance(job, Job) else None
 
     def active_jobs(self, project: str) -> list[Job]:
         """Return the jobs of a project that have not ended."""
@@ -1460,7 +1468,8 @@ class Daemon:
             remove_tree(staged)
             remove_tree(tree)
             raise
-        self._retire_tree(former)
+        if former is not None:
+            self._retire_tree(former)
         return {"name": project.name, "spiders": spiders}
 
     def _put_project(self, draft: Draft, project: Project) -> Project | None:
@@ -1558,11 +1567,11 @@ class Daemon:
         finally:
             remove_tree(fresh)
 
-    def _retire_tree(self, project: Project | None) -> None:
+    def _retire_tree(self, project: Project) -> None:
         """Delete the unpacked code of a project that has been replaced or removed."""
         retired = self._store.new_work_path()
         with contextlib.suppress(FileNotFoundError):
-            (self._store.work / (project.archive if project else "none")).rename(retired)
+            (self._store.work / project.archive).rename(retired)
         remove_tree(retired)
 
     # Jobs
@@ -1685,7 +1694,7 @@ class Daemon:
         except SpecError as error:
             draft.move(job, Status.FAILED, reason=str(error))
             return
-        if draft.is_pending(job.run):
+        if job.run is not None and draft.is_pending(job.run):
             draft.skipped += 1
             draft.put(job._replace(due=due), f"job {identifier} is due but skipped: run {job.run} is waiting still")
             return
@@ -1801,8 +1810,10 @@ class Daemon:
         """
         environment = {**os.environ, "SPIDER_DATA_DIR": str(self._store.spider_data), "PYTHONIOENCODING": "utf-8"}
         environment.update(SCRAPY_JOB=identifier, SCRAPY_PROJECT=project, SCRAPY_SPIDER=spider)
-        environment.update(SCRAPY_SETTINGS_MODULE=settings)
-        return {name: value for name, value in environment.items() if value or name != "SCRAPY_SETTINGS_MODULE"}
+        environment.pop("SCRAPY_SETTINGS_MODULE", None)
+        if settings:
+            environment["SCRAPY_SETTINGS_MODULE"] = settings
+        return environment
 
     def _finish(self, draft: Draft, identifier: str, is_interrupted: bool, outcome: dict[str, Any]) -> None:
         """Give a job that has run its last status, or the first one again."""
@@ -1866,7 +1877,7 @@ PART_PARAMETER = re.compile(rb';[ \t]*(%s)=(?:"((?:[^"\\]|\\.)*)"|([^\s;"]*))[ \
 LOG_PATH = re.compile(rf"/get-log/data/({JOB_PATTERN.pattern})\.(out|err)")
 REASONS = {
     200: "OK", 400: "Bad Request", 404: "Not Found", 405: "Method Not Allowed", 408: "Request Timeout", 409: "Conflict",
-    411: "Length Required", 413: "Content Too Large", 414: "URI Too Long", 415: "Unsupported Media Type",
+    413: "Content Too Large", 414: "URI Too Long", 415: "Unsupported Media Type",
     417: "Expectation Failed", 431: "Request Header Fields Too Large", 500: "Internal Server Error",
     501: "Not Implemented", 503: "Service Unavailable", 505: "HTTP Version Not Supported", 507: "Insufficient Storage",
 }  # fmt: skip
@@ -2397,11 +2408,12 @@ class Handler:
             return
         except OSError as error:
             raise NotFound(f"the log cannot be read: {error.strerror}") from None
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        about = os.fstat(descriptor)
+        if not stat.S_ISREG(about.st_mode):
             os.close(descriptor)
             raise NotFound("there is something else in the place of the log")
         with open(descriptor, "rb") as file:
-            left = os.fstat(descriptor).st_size
+            left = about.st_size
             piece = file.read(min(left, CHUNK_BYTES))
             self._send(200, "text/plain; charset=utf-8", left, piece, {})
             while not self.is_head and (left := left - len(piece)):
@@ -2565,14 +2577,14 @@ def parse_options(argv: list[str] | None) -> argparse.Namespace:
     add("--host", default="127.0.0.1", help="address to listen on (%(default)s: this machine only)")
     add("--port", type=whole_number(0, 65535), default=7654, help="port to listen on, 0 for any (%(default)s)")
     add("--data-dir", type=Path, default=Path("scrapy-do-data"), help="where everything is kept (./%(default)s)")
-    add("--job-slots", type=whole_number(1, 1000), default=3, help="crawls that run at once (%(default)s)")
-    add("--completed-cap", type=whole_number(1), default=50, help="finished jobs to keep with their logs (%(default)s)")
-    add("--scrapy", type=scrapy_command, default=(sys.executable, "-m", "scrapy"), metavar="CMD",
-        help="the command that is Scrapy (this Python's 'python -m scrapy')")  # fmt: skip
-    add("--kill-after", type=seconds, default=10.0, metavar="SECONDS", help="from SIGTERM to SIGKILL (%(default)g)")
-    add("--list-timeout", type=seconds, default=60.0, metavar="SECONDS", help="for 'scrapy list' (%(default)g)")
+    add("--job-slots", type=whole_number(1, 1000), help="crawls that run at once (%(default)s)")
+    add("--completed-cap", type=whole_number(1), help="finished jobs to keep with their logs (%(default)s)")
+    add("--scrapy", type=scrapy_command, metavar="CMD", help="the command that is Scrapy (this Python's '-m scrapy')")
+    add("--kill-after", type=seconds, metavar="SECONDS", help="from SIGTERM to SIGKILL (%(default)g)")
+    add("--list-timeout", type=seconds, metavar="SECONDS", help="for 'scrapy list' (%(default)g)")
     add("--max-upload", type=whole_number(1, 10**6), default=256, metavar="MIB", help="largest body (%(default)s)")
     add("--version", action="version", version=f"scrapy-do {__version__}")
+    parser.set_defaults(**Settings()._asdict())
     return parser.parse_args(argv)
 
 
