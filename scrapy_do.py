@@ -80,6 +80,9 @@ BACKLOG_COUNT = 1024  # connections that the kernel keeps until they are accepte
 BATCH_COUNT = 256  # changes that share one write: bounds how long the records stay locked
 RETRY_SECONDS = 2.0  # between attempts to save what the disk did not take
 CLOCK_CHECK_SECONDS = 60.0  # a wait does not notice that the system clock was set
+ENVIRONMENT_READS = 50
+ENVIRONMENT_SECONDS = 0.0005  # between them; an exec takes less, unless its program comes from a slow disk
+CALM_SCANS = 2  # that find nothing: of one a process may slip that was born while it went on
 DAY_SECONDS = 86400
 LAST_INSTANT = 253402214400.0  # 9999-12-31 00:00 UTC: still the year 9999 in every time zone
 
@@ -935,10 +938,19 @@ class Crawl:
 
 
 def read_environment(pid: int) -> list[bytes]:
-    """Return the environment that a process was started with. Raise OSError or psutil.Error when it is hidden."""
+    """Return the environment that a process was started with. Raise OSError or psutil.Error when it is hidden.
+
+    Linux shows none while the process is executing another program, so an empty one is read again for a while. A
+    process of the kernel, which is in no session, has none ever.
+    """
     if sys.platform == "linux":  # psutil takes ten times as long
-        with open(f"/proc/{pid}/environ", "rb", buffering=0) as file:
-            return file.readall().split(b"\0")
+        for _ in range(ENVIRONMENT_READS):
+            with open(f"/proc/{pid}/environ", "rb", buffering=0) as file:
+                environment = file.readall()
+            if environment or os.getsid(pid) == 0 or not is_alive(psutil.Process(pid)):
+                break
+            time.sleep(ENVIRONMENT_SECONDS)
+        return environment.split(b"\0")
     return [f"{name}={value}".encode() for name, value in psutil.Process(pid).environ().items()]
 
 
@@ -963,9 +975,11 @@ def is_alive(process: psutil.Process) -> bool:
 
 def end_processes(find: Callable[[], set[psutil.Process]]) -> None:
     """Kill what `find` finds until it finds no more: a process may fork while its parent is being killed."""
+    calm_scans = 0
     for _ in range(20):
         found = find()
-        if not found:
+        calm_scans = 0 if found else calm_scans + 1
+        if calm_scans == CALM_SCANS:
             return
         for process in found:
             with contextlib.suppress(psutil.Error):

@@ -2197,6 +2197,10 @@ TREES = {
     "ignores-TERM": f"(trap '' TERM; while :; do sleep 0.05; done) & {NOTE}",
     "left-session": f"setsid sh -c 'echo $$ >> $SPIDER_DATA_DIR/pids; exec sleep 60' & {NOTE}",
     "lost-parent": "(setsid sh -c 'echo $$ >> $SPIDER_DATA_DIR/pids; trap \"\" TERM; exec sleep 60' &)",
+    "execs-for-ever": (  # while a process executes a program it seems to have no environment
+        "again=$SPIDER_DATA_DIR/again; echo exec /bin/sh $again > $again; "
+        "setsid sh -c 'echo $$ >> $SPIDER_DATA_DIR/pids; exec /bin/sh $SPIDER_DATA_DIR/again' &"
+    ),
     "no-environment": f"env -i /bin/sleep 60 & {NOTE}",
     "holds-output": f"sleep 60 & {NOTE}",
 }
@@ -2216,6 +2220,18 @@ def test_nothing_of_a_crawl_outlives_it(inside, tmp_path, tree, end):
     assert alive(tmp_path / "data/spider-data/pids") == []
     assert list((tmp_path / "data/work").glob(f"*/{job}")) == []
     assert site.wait_job(site.schedule())["status"] == "SUCCESSFUL"
+
+
+def test_a_process_keeps_its_environment_while_it_executes(tmp_path):
+    again = tmp_path / "again"
+    again.write_text(f"exec /bin/sh {again}\n")
+    with subprocess.Popen(["/bin/sh", again], env={"SCRAPY_JOB": "x"}, start_new_session=True) as process:
+        try:
+            wait_for(lambda: b"SCRAPY_JOB=x" in scrapy_do.read_environment(process.pid))
+            seen = [b"SCRAPY_JOB=x" in scrapy_do.read_environment(process.pid) for _ in range(3000)]
+        finally:
+            process.kill()
+    assert all(seen)
 
 
 def test_cancel_ends_scheduled_and_pending_jobs_at_once(inside, tmp_path):
@@ -3933,7 +3949,7 @@ def test_events_are_log_lines_that_cannot_be_faked(outside):
 def test_the_file_stays_short_enough_to_be_read():
     """Growing is a decision: whoever raises the number has looked for the simpler shape."""
     source = MODULE.read_text()
-    assert len(source.splitlines()) <= 2642
+    assert len(source.splitlines()) <= 2656
     banners = re.findall(r"^# ---- ([0-9]+)\. ", source, re.MULTILINE)
     assert banners == [str(number) for number in range(1, 10)]
 
