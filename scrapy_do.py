@@ -78,6 +78,7 @@ LINGER_SECONDS = 2.0  # how long the rest of a refused body is read, so that the
 CONNECTIONS_COUNT = 256
 BACKLOG_COUNT = 1024  # connections that the kernel keeps until they are accepted
 BATCH_COUNT = 256  # changes that share one write: bounds how long the records stay locked
+FIRINGS_COUNT = 64  # schedules that fire in one write beside them: more would make requests wait for a burst
 RETRY_SECONDS = 2.0  # between attempts to save what the disk did not take
 CLOCK_CHECK_SECONDS = 60.0  # a wait does not notice that the system clock was set
 ENVIRONMENT_READS = 50
@@ -489,11 +490,12 @@ def is_project_name(name: str) -> bool:
 
 
 def encode_line(key: str, record: Record) -> bytes:
-    """Return the record as a member of a JSON object, on one line.
+    """Return the record as a member of a JSON object, on one line, without the fields that have their default.
 
     What is not UTF-8 in the name of a file, and so in a reason, becomes an escape, which JSON has for it, too.
     """
-    fields = {name: value for name, value in record._asdict().items() if value is not None}
+    defaults, unset = record._field_defaults, object()
+    fields = {name: value for name, value in record._asdict().items() if value != defaults.get(name, unset)}
     line = f"{json.dumps(key, ensure_ascii=False)}: {json.dumps(fields, ensure_ascii=False)}"
     return line.encode("utf-8", "backslashreplace")
 
@@ -724,19 +726,22 @@ class Store:
         temporary = self.folder / "state.json.new"
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600)
         with open(descriptor, "wb", buffering=0) as file:
-            document = memoryview(self._document())
-            while document:
-                document = document[file.write(document) :]
+            for part in self._document():
+                rest = memoryview(part)
+                while rest:
+                    rest = rest[file.write(rest) :]
             os.fsync(descriptor)
         os.replace(temporary, self.state_file)
         sync_folder(self.folder)
 
-    def _document(self) -> bytes:
-        """Return the state as one JSON object with a line for each record."""
-        parts = [b'{"version": %d' % self.VERSION]
+    def _document(self) -> Iterator[bytes]:
+        """Yield the state as the parts of one JSON object with a line for each record; each line is copied once."""
+        yield b'{"version": %d' % self.VERSION
         for section, lines in self._lines.items():
-            parts.append(b'"%s": {\n%s\n}' % (section.encode(), b",\n".join(lines.values())))
-        return b",\n".join(parts) + b"}\n"
+            yield b',\n"%s": {\n' % section.encode()
+            yield b",\n".join(lines.values())
+            yield b"\n}"
+        yield b"}\n"
 
 
 # ---- 5. Crawls -------------------------------------------------------------------------------------------------------
@@ -1265,6 +1270,7 @@ class Daemon:
         self._counts = dict.fromkeys(("jobs-run", "jobs-successful", "jobs-failed", "jobs-canceled", "runs-skipped"), 0)
         self._crawls: dict[str, Crawl] = {}  # what runs now: by the job's identifier, or a listing's own
         self._changes: list[Change] = []
+        self._firings: list[Change] = []  # of schedules that are due: thousands at one instant hold no request up
         self._is_closing = self._is_writer_done = False
 
     # Start and stop
@@ -1351,19 +1357,19 @@ class Daemon:
 
     def _commit(self, make: Callable[[Draft], T], is_fact: bool = False) -> T:
         """Have a change made and saved, and return what `make` returned."""
-        change = self._submit(make, is_fact)
+        change = self._submit(make, is_fact, self._changes)
         change.done.wait()
         if change.error is not None:
             raise change.error
         return change.result  # type: ignore[no-any-return]
 
-    def _submit(self, make: Callable[[Draft], Any], is_fact: bool) -> Change:
-        """Have a change made and saved some time soon."""
+    def _submit(self, make: Callable[[Draft], Any], is_fact: bool, queue: list[Change]) -> Change:
+        """Have a change made and saved some time soon; the order within a queue is kept."""
         change = Change(make, is_fact)
         with self._lock:
             if self._is_writer_done:
                 raise Unavailable("the daemon is stopping; ask again when it has been started")
-            self._changes.append(change)
+            queue.append(change)
             self._change_waits.notify()
         return change
 
@@ -1388,9 +1394,10 @@ class Daemon:
     def _next_batch(self) -> list[Change] | None:
         """Wait for changes and return them; an empty list when it is time to try the disk again, None to end."""
         with self._lock:
-            if not self._changes and not self._is_writer_done:
+            if not (self._changes or self._firings or self._is_writer_done):
                 self._change_waits.wait(RETRY_SECONDS if self._store.is_behind else None)
-            batch, self._changes = self._changes[:BATCH_COUNT], self._changes[BATCH_COUNT:]
+            batch = self._changes[:BATCH_COUNT] + self._firings[:FIRINGS_COUNT]
+            del self._changes[:BATCH_COUNT], self._firings[:FIRINGS_COUNT]
             return None if self._is_writer_done and not batch else batch
 
     def _published(self) -> Draft:
@@ -1676,7 +1683,7 @@ class Daemon:
     # The timer's calls
 
     def _on_due(self, identifier: str) -> None:
-        self._submit(lambda draft: self._fire(draft, identifier), is_fact=True)
+        self._submit(lambda draft: self._fire(draft, identifier), is_fact=True, queue=self._firings)
 
     def _on_deadline(self, identifier: str) -> None:
         with self._lock:
@@ -1693,7 +1700,7 @@ class Daemon:
                     self._recover(draft, job)
 
         log("the system clock was set back; due times that are too far away now are set again")
-        self._submit(recover, is_fact=True)
+        self._submit(recover, is_fact=True, queue=self._changes)
 
     def _fire(self, draft: Draft, identifier: str) -> None:
         """Make a run of a schedule that is due, unless one is waiting still, and set its next due time."""
@@ -1776,7 +1783,7 @@ class Daemon:
             if (job_now := draft.find_job(job.identifier)).status is Status.RUNNING:
                 draft.put(job_now._replace(pid=crawl.pid, pid_created=created))
 
-        self._submit(save_number, is_fact=True)
+        self._submit(save_number, is_fact=True, queue=self._changes)
         return crawl
 
     def _start(self, command: list[str], folder: Path, environment: dict[str, str], out: Path, err: Path) -> Crawl:

@@ -2536,7 +2536,7 @@ def test_a_job_that_was_being_canceled_in_a_crash_does_not_run_again(outside, tm
     wait_for(lambda: "started" in site.log(job, "out"))
     asker = threading.Thread(target=try_cancel, args=(site, job))
     asker.start()
-    wait_for(lambda: state(tmp_path)["jobs"][job]["cancel"])
+    wait_for(lambda: state(tmp_path)["jobs"][job].get("cancel"))
     site.kill()
     asker.join()
     site.start()
@@ -2654,6 +2654,84 @@ def test_concurrent_changes_share_writes(site, monkeypatch):
     in_parallel(*[lambda: [site.schedule(when="every 3 hours") for _ in range(10)]] * 16)
     assert next(writes) < 120
     assert len(site.jobs("SCHEDULED")) == 160
+
+
+def test_a_burst_of_due_schedules_holds_no_request_up(inside, monkeypatch):
+    clock = FakeClock()
+    site = inside(clock, job_slots=1)
+    site.push()
+    schedules = [site.daemon.schedule("shop", "quick", "every 10 minutes")["identifier"] for _ in range(600)]
+    sizes, go = [], threading.Event()
+    real = site.store.write
+
+    def write(changed, keep=False):
+        sizes.append(len(changed))
+        go.wait(30)
+        real(changed, keep)
+
+    monkeypatch.setattr(site.store, "write", write)
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        clock.advance(600)
+        wait_for(lambda: sizes and len(site.daemon._firings) > 500)
+        asked = pool.submit(site.schedule, when="every 3 hours")
+        wait_for(lambda: any(not change.is_fact for change in site.daemon._changes))
+        go.set()
+        job = asked.result(30)
+        assert sum(sizes) < 600  # it did not wait for the 1,200 records of the others
+    assert all(size <= 2 * (scrapy_do.FIRINGS_COUNT + 8) for size in sizes)
+    wait_for(lambda: site.get("status")["jobs-pending"] + site.get("status")["jobs-run"] >= 600)
+    assert {state_due(site, schedule) for schedule in schedules} == {clock.now + 600}
+    site.post("cancel-job", id=job)
+
+
+def test_a_daemon_that_was_asleep_runs_once_and_goes_on_with_the_grid(outside, tmp_path):
+    site = outside("--completed-cap", "100")
+    site.push()
+    job = site.schedule(when="every second")
+    first = state(tmp_path)["jobs"][job]["due"]
+    site.process.send_signal(signal.SIGSTOP)
+    wait_for(lambda: time.time() > first + 3.2)
+    site.process.send_signal(signal.SIGCONT)
+    wait_for(lambda: len(site.jobs("SUCCESSFUL")) >= 2)
+    site.post("cancel-job", id=job)
+    runs = wait_for(
+        lambda: not site.jobs("RUNNING")
+        and sorted(run["timestamp"] for run in site.jobs("COMPLETED") if run["actor"] == "SCHEDULER")
+    )
+    waking = datetime.datetime.fromtimestamp(first + 3.1).isoformat(" ", "microseconds")
+    until = datetime.datetime.fromtimestamp(first + 4).isoformat(" ", "microseconds")
+    assert runs[0] > waking
+    assert len([run for run in runs if run < until]) == 1, runs
+
+
+def test_every_two_weeks_are_two_weeks_for_a_daemon_that_is_started_daily(tmp_path, stub):
+    began, job = 1_700_000_000.25, ""
+    for day in range(30):
+        site = Inside(tmp_path, stub, FakeClock(began + day * 86400))
+        with contextlib.closing(site):
+            if day == 0:
+                site.push()
+                job = site.schedule(when="every 2 weeks")
+            runs = day // 14
+            wait_for(lambda site=site, runs=runs: len(site.jobs("SUCCESSFUL")) == runs)
+            assert state_due(site, job) == began + 14 * 86400 * (runs + 1)
+
+
+@pytest.mark.parametrize(("name", "offset"), [("Asia/Kathmandu", "+05:45"), ("Australia/Lord_Howe", None)])
+def test_the_zone_of_the_process_is_named_and_every_time_is_in_it(outside, name, offset):
+    site = outside(environment={"TZ": name})
+    site.push()
+    place = zoneinfo.ZoneInfo(name)
+    before = datetime.datetime.now(place).replace(tzinfo=None)
+    job = site.job(site.schedule(when="every day at 10:30"))
+    status = site.get("status")
+    after = datetime.datetime.now(place).replace(tzinfo=None)
+    for shown in (job["timestamp"], status["time"]):
+        assert before <= datetime.datetime.fromisoformat(shown) <= after
+    assert datetime.datetime.fromisoformat(job["next_run"]).time() == datetime.time(10, 30)
+    zone_now = datetime.datetime.now(place)
+    assert zone_now.tzname() in status["timezone"].split("; ")
+    assert offset is None or zone_now.isoformat().endswith(offset)
 
 
 def test_status_counts_and_describes(site, tmp_path):
@@ -3949,7 +4027,7 @@ def test_events_are_log_lines_that_cannot_be_faked(outside):
 def test_the_file_stays_short_enough_to_be_read():
     """Growing is a decision: whoever raises the number has looked for the simpler shape."""
     source = MODULE.read_text()
-    assert len(source.splitlines()) <= 2656
+    assert len(source.splitlines()) <= 2663
     banners = re.findall(r"^# ---- ([0-9]+)\. ", source, re.MULTILINE)
     assert banners == [str(number) for number in range(1, 10)]
 
