@@ -1253,7 +1253,6 @@ class Daemon:
         self._clock = clock or Clock()
         self._timer = Timer(self._on_due, self._on_deadline, self._on_clock_set_back, self._clock)
         self._process = psutil.Process()
-        self._process.cpu_percent()
         self._began = self._clock.monotonic()
         self._writer = threading.Thread(target=self._write_changes, name="writer", daemon=True)
         numbers = range(1, settings.job_slots + 1)
@@ -1271,6 +1270,7 @@ class Daemon:
         self._crawls: dict[str, Crawl] = {}  # what runs now: by the job's identifier, or a listing's own
         self._changes: list[Change] = []
         self._firings: list[Change] = []  # of schedules that are due: thousands at one instant hold no request up
+        self._cpu_mark = time.process_time(), self._began  # seconds of CPU, and when that was, at the last status
         self._is_closing = self._is_writer_done = False
 
     # Start and stop
@@ -1659,9 +1659,11 @@ class Daemon:
         with self._lock:
             counts = {**self._counts, **{f"jobs-{s.value.lower()}": len(self._by_status[s]) for s in ACTIVE}}
             projects = list(self._projects.values())
+            (cpu, moment), self._cpu_mark = self._cpu_mark, (time.process_time(), self._clock.monotonic())
+            cpu_share = (self._cpu_mark[0] - cpu) / max(1e-6, self._cpu_mark[1] - moment)
         return {
             "memory-usage": self._process.memory_info().rss / MIB,
-            "cpu-usage": self._process.cpu_percent(),  # since the last call
+            "cpu-usage": round(100 * cpu_share, 1),
             "time": local_time(self._clock.time()),
             "timezone": "; ".join(time.tzname),
             "hostname": socket.gethostname(),

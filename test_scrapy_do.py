@@ -2761,7 +2761,7 @@ def test_status_counts_and_describes(site, tmp_path):
             pass
         return site.get("status")["cpu-usage"]
 
-    assert wait_for(cpu) > 0
+    wait_for(lambda: 20 < cpu() < 500)  # this thread has been busy since the last call
     release(tmp_path)
 
 
@@ -4027,7 +4027,7 @@ def test_events_are_log_lines_that_cannot_be_faked(outside):
 def test_the_file_stays_short_enough_to_be_read():
     """Growing is a decision: whoever raises the number has looked for the simpler shape."""
     source = MODULE.read_text()
-    assert len(source.splitlines()) <= 2663
+    assert len(source.splitlines()) <= 2665
     banners = re.findall(r"^# ---- ([0-9]+)\. ", source, re.MULTILINE)
     assert banners == [str(number) for number in range(1, 10)]
 
