@@ -30,6 +30,7 @@ from __future__ import annotations
 
 # Some modules that a start does not need are imported where they are used: they cost milliseconds and megabytes.
 import argparse
+import binascii
 import contextlib
 import errno
 import fcntl
@@ -38,6 +39,7 @@ import heapq
 import itertools
 import json
 import os
+import queue
 import random
 import re
 import selectors
@@ -70,12 +72,13 @@ ARCHIVE_ENTRIES = 10_000
 FOLDER_DEPTH = 50
 ZIP_HEADER_BYTES = 30  # before the name of an entry and its data
 ARCHIVE_BYTES = 1024 * MIB  # the most that an archive may unpack to
-REQUEST_SECONDS = 60.0  # for a whole head; for a body there is more, by its size:
-BODY_BYTES_PER_SECOND = 10 * 1024
+BODY_BYTES_PER_SECOND = 10 * 1024  # the least rate of an upload
 IDLE_SECONDS = 10.0  # after which a thread without a connection ends
 DRAIN_SECONDS = 2.0  # for the last answers when the daemon stops
 LINGER_SECONDS = 2.0  # how long the rest of a refused body is read, so that the client sees the answer
-CONNECTIONS_COUNT = 256
+GRACE_SECONDS = 1.0  # how long a connection may wait with its request before it gives way to a new one
+PENALTY_SECONDS = 1.0  # before a wrong password is answered
+NONCE_SECONDS = 300
 BACKLOG_COUNT = 1024  # connections that the kernel keeps until they are accepted
 BATCH_COUNT = 256  # changes that share one write: bounds how long the records stay locked
 FIRINGS_COUNT = 64  # schedules that fire in one write beside them: more would make requests wait for a burst
@@ -107,6 +110,12 @@ class BadRequest(ScrapyDoError):
 
 class SpecError(BadRequest):
     """Refuse a scheduling spec."""
+
+
+class Forbidden(ScrapyDoError):
+    """Refuse what a web page of somebody else may have asked a browser for."""
+
+    status = 403
 
 
 class NotFound(ScrapyDoError):
@@ -1895,24 +1904,34 @@ def describe_seconds(seconds: float) -> str:
 
 TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"  # RFC 9110, section 5.6.2
 REQUEST_LINE = re.compile(rb"(%s) (\S+) HTTP/([0-9])\.([0-9])" % TOKEN)
+ABSOLUTE_TARGET = re.compile(rb"https?://([^/?]*)", re.I)
 HEADER_LINE = re.compile(rb"(%s):([^\0\r\n]*)" % TOKEN)
+REALM = "scrapy-do"
+ALGORITHMS = {"SHA-256": "sha256", "MD5": "md5"}  # of Digest, as HTTP and as hashlib name them, the better one first
+AUTH_FIELD = re.compile(r'(?<![\w*-])([\w-]+)=(?:"((?:[^"\\]|\\.)*)"|([^\s,"]+))')
+IP_ADDRESS = re.compile(r"[0-9]{1,3}(?:\.[0-9]{1,3}){3}|\[[0-9a-f:.]+\]")
 PART_PARAMETER = re.compile(rb';[ \t]*(%s)=(?:"((?:[^"\\]|\\.)*)"|([^\s;"]*))[ \t]*' % TOKEN, re.DOTALL)
 LOG_PATH = re.compile(rf"/get-log/data/({JOB_PATTERN.pattern})\.(out|err)")
 REASONS = {
-    200: "OK", 400: "Bad Request", 404: "Not Found", 405: "Method Not Allowed", 408: "Request Timeout", 409: "Conflict",
-    413: "Content Too Large", 414: "URI Too Long", 415: "Unsupported Media Type",
-    417: "Expectation Failed", 431: "Request Header Fields Too Large", 500: "Internal Server Error",
-    501: "Not Implemented", 503: "Service Unavailable", 505: "HTTP Version Not Supported", 507: "Insufficient Storage",
+    200: "OK", 400: "Bad Request", 401: "Unauthorized", 403: "Forbidden", 404: "Not Found", 405: "Method Not Allowed",
+    408: "Request Timeout", 409: "Conflict", 413: "Content Too Large", 414: "URI Too Long",
+    415: "Unsupported Media Type", 417: "Expectation Failed", 431: "Request Header Fields Too Large",
+    500: "Internal Server Error", 501: "Not Implemented", 503: "Service Unavailable",
+    505: "HTTP Version Not Supported", 507: "Insufficient Storage",
 }  # fmt: skip
 Field = tuple[str, Iterator[bytes]]  # a parameter's name and the pieces of its value
 
 
 class HttpError(ScrapyDoError):
-    """Refuse a request with a status that only HTTP knows."""
+    """Refuse a request with a status that only HTTP knows, and headers that go with it."""
 
-    def __init__(self, status: int, message: str, **headers: str):
+    def __init__(self, status: int, message: str, *headers: tuple[str, str]):
         super().__init__(message)
         self.status, self.headers = status, headers
+
+
+class WrongPassword(HttpError):
+    """Refuse a user who is unknown or has another password; the answer waits a while, to slow guessing down."""
 
 
 class Gone(Exception):
@@ -1949,34 +1968,60 @@ class Pieces:
 
 
 class Wire(Pieces):
-    """A connection that is read with a deadline for the whole of what is wanted, not for each piece."""
+    """A connection. The accept loop never waits for it; a thread does, until a deadline for all that it wants."""
 
-    def __init__(self, connection: socket.socket):
+    def __init__(self, connection: socket.socket, seconds: float):
+        """Take a connection that does not block; `seconds` is the time for a request, and for an answer."""
         super().__init__(iter(()))
-        self._socket = connection
-        self._deadline = 0.0
+        self.socket, self.seconds = connection, seconds
+        self.unsent = b""  # of an answer, where the client did not take all at once
+        self._deadline: float | None = None  # None in the accept loop
+
+    def wait_no_more(self) -> None:
+        """Go over from a thread to the accept loop."""
+        self._deadline = None
+        self.socket.settimeout(0)
 
     def expect(self, seconds: float) -> None:
-        """Give the client so many seconds from now."""
+        """Wait from now on, and give the client so many seconds."""
         self._deadline = time.monotonic() + seconds
 
     def more(self) -> bool:
-        """Take in what has arrived; False when the client has said all."""
+        """Take in what arrives until the deadline; False when the client has said all."""
         piece = self._receive()
         self.buffer += piece
         return piece != b""
 
     def _receive(self) -> bytes:
-        seconds = self._deadline - time.monotonic()
+        seconds = (self._deadline or 0.0) - time.monotonic()
         if seconds <= 0:
             raise HttpError(408, "the request took too long to arrive")
-        self._socket.settimeout(seconds)
+        self.socket.settimeout(seconds)
         try:
-            return self._socket.recv(CHUNK_BYTES)
+            return self.socket.recv(CHUNK_BYTES)
         except TimeoutError:
             raise HttpError(408, "the request took too long to arrive") from None
         except OSError:
             raise Gone from None
+
+    def take_in(self) -> None:
+        """Take in what has arrived. Raise Gone when the client has said all."""
+        try:
+            piece = self.socket.recv(CHUNK_BYTES)
+        except OSError as error:
+            if is_not_ready(error):
+                return
+            raise Gone from None
+        if not piece:
+            raise Gone
+        self.buffer += piece
+
+    def take_head(self) -> bytes | None:
+        """Return the head of the next request, without the empty line; None when it has not arrived wholly."""
+        at = self.buffer.find(b"\r\n\r\n", 0, HEAD_BYTES + 4)
+        if at < 0 and len(self.buffer) >= HEAD_BYTES + 4:
+            raise HttpError(431, f"the head of the request is longer than {HEAD_BYTES} bytes")
+        return self.take(at + 4)[:at].lstrip(b"\r\n") if at >= 0 else None
 
     def counted(self, length: int) -> Iterator[bytes]:
         """Yield so many bytes."""
@@ -1988,26 +2033,53 @@ class Wire(Pieces):
             yield piece
 
     def send(self, data: bytes) -> None:
-        """Send all of `data`; a client that does not take it within the time for a request is gone."""
-        self._socket.settimeout(REQUEST_SECONDS)
+        """Send all of `data`; a client that does not take it within the time for a request is gone.
+
+        In the accept loop what the client does not take at once becomes `unsent`.
+        """
         try:
-            self._socket.sendall(data)
-        except OSError:
-            raise Gone from None
+            if self._deadline is None:
+                self.unsent = data
+                self.unsent = data[self.socket.send(data) :]
+            else:
+                self.socket.settimeout(self.seconds)
+                self.socket.sendall(data)
+        except OSError as error:
+            if self._deadline is not None or not is_not_ready(error):
+                raise Gone from None
+
+    def send_rest(self) -> None:
+        """Send in a thread what the accept loop could not."""
+        self.expect(self.seconds)
+        rest, self.unsent = self.unsent, b""
+        if rest:
+            self.send(rest)
+
+    def close(self) -> None:
+        """End the connection; TLS wants that said, RFC 8446 section 6.1."""
+        with self.socket, contextlib.suppress(OSError, ValueError):
+            self.socket.settimeout(0)
+            getattr(self.socket, "unwrap", int)()
 
     def linger(self) -> None:
         """Say that nothing more will be sent, and read on for a while: a reset would take the last answer along."""
         with contextlib.suppress(OSError, HttpError, Gone):
-            self._socket.shutdown(socket.SHUT_WR)
+            self.socket.shutdown(socket.SHUT_WR)
             self.expect(LINGER_SECONDS)
             while self._receive():
                 pass
+
+
+def is_not_ready(error: OSError) -> bool:
+    """Tell whether a connection only has to be asked again later; TLS says so with errors of its own."""
+    return isinstance(error, BlockingIOError) or error.__class__.__name__ in ("SSLWantReadError", "SSLWantWriteError")
 
 
 class Request(NamedTuple):
     """The head of a request."""
 
     method: str
+    target: str  # as it was sent
     path: str
     query: bytes
     headers: dict[str, str]  # by lower-case name
@@ -2033,8 +2105,11 @@ def parse_head(head: bytes) -> Request:
     if minor == b"0":  # RFC 9112, section 6.1, and RFC 9110, section 10.1.1
         keeps_alive = keeps_alive and "keep-alive" in wish and "transfer-encoding" not in headers
         headers.pop("expect", None)
-    path, _, query = re.sub(rb"^https?://[^/?]*", b"", target, flags=re.I).partition(b"?")
-    return Request(method.decode(), decode_text(decode_percent(path), "path"), query, headers, keeps_alive)
+    if match := ABSOLUTE_TARGET.match(target):  # its host counts, RFC 9112 section 3.2.2
+        headers["host"] = match[1].decode("latin-1")
+    path, _, query = target[match.end() if match else 0 :].partition(b"?")
+    text = decode_text(decode_percent(path), "path")
+    return Request(method.decode(), target.decode("latin-1"), text, query, headers, keeps_alive)
 
 
 def parse_headers(lines: list[bytes]) -> dict[str, str]:
@@ -2095,7 +2170,7 @@ class Body:
             self._received += len(piece)
             if self._received > self._most:
                 raise self._too_large()
-            allowed = REQUEST_SECONDS + self._received / BODY_BYTES_PER_SECOND
+            allowed = self._wire.seconds + self._received / BODY_BYTES_PER_SECOND
             self._wire.expect(started + allowed - time.monotonic())
             yield piece
         self.is_read = True
@@ -2267,6 +2342,7 @@ class Route(NamedTuple):
     answer: Callable[[Daemon, dict[str, str]], dict[str, Any]]
     required: tuple[str, ...] = ()
     optional: tuple[str, ...] = ()
+    is_quick: bool = False  # answered from memory, shortly
 
 
 def read_form(route: Route, fields: Iterator[Field], upload: Path | None = None) -> dict[str, str]:
@@ -2307,10 +2383,10 @@ def list_jobs(daemon: Daemon, form: dict[str, str]) -> dict[str, Any]:
 ROUTES = {
     f"/{route.name}": route
     for route in (
-        Route("status.json", "GET", lambda daemon, form: daemon.status()),
+        Route("status.json", "GET", lambda daemon, form: daemon.status(), is_quick=True),
         Route("push-project.json", "POST", lambda daemon, form: daemon.push(Path(form["archive"])), ("archive",)),
-        Route("list-projects.json", "GET", lambda daemon, form: {"projects": daemon.projects()}),
-        Route("list-spiders.json", "GET", lambda daemon, form: daemon.spiders(**form), ("project",)),
+        Route("list-projects.json", "GET", lambda daemon, form: {"projects": daemon.projects()}, is_quick=True),
+        Route("list-spiders.json", "GET", lambda daemon, form: daemon.spiders(**form), ("project",), is_quick=True),
         Route(
             "schedule-job.json", "POST", lambda daemon, form: daemon.schedule(**form),
             ("project", "spider", "when"), ("description", "payload"),
@@ -2322,34 +2398,230 @@ ROUTES = {
 }  # fmt: skip
 
 
+class Tls:
+    """The certificate of the server, read again when its files have changed."""
+
+    def __init__(self, certificate: Path, key: Path | None, password_file: Path | None):
+        """Read the files. Raise ScrapyDoError that says which does not do; without `key` it is in `certificate`."""
+        self._files = certificate, key or certificate
+        self._password_file = password_file
+        self._seen = self._stamps()
+        self._context = self._load()
+
+    def _stamps(self) -> list[tuple[int, int]]:
+        with contextlib.suppress(OSError):
+            return [(about.st_mtime_ns, about.st_ino) for about in map(os.stat, self._files)]
+        return []
+
+    def _load(self) -> Any:
+        import ssl
+
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        certificate, key = self._files
+        try:
+            password = self._password_file.read_text("utf-8").rstrip("\r\n") if self._password_file else ""
+            context.load_cert_chain(certificate, key, lambda: password)  # without it OpenSSL asks the terminal
+        except (OSError, ValueError) as error:
+            files = ", ".join(str(path) for path in (*self._files, self._password_file) if path)
+            raise ScrapyDoError(f"the certificate cannot be used: {error}; check {files}") from None
+        return context
+
+    def wrap(self, connection: socket.socket) -> Any:
+        """Return the connection as one that shakes hands when it is read. Raise OSError when that is impossible."""
+        if (stamps := self._stamps()) != self._seen:
+            self._seen = stamps
+            try:
+                self._context = self._load()
+                log("the renewed certificate is in use")
+            except ScrapyDoError as error:
+                log(f"{error}; the former one stays in use")
+        return self._context.wrap_socket(connection, server_side=True, do_handshake_on_connect=False)
+
+
+class Rules(NamedTuple):
+    """What the command line says of the server. Times are seconds."""
+
+    max_upload: int = 256  # MiB
+    request_timeout: float = 60.0
+    max_connections: int = 256
+    allow_host: tuple[str, ...] = ()
+    users: Mapping[str, str] | None = None  # passwords by name; None lets everybody in
+    tls: Tls | None = None
+
+
+class Guard:
+    """Refuse what a foreign web page asks of a browser, and whoever has no password where one is wanted."""
+
+    def __init__(self, rules: Rules):
+        name = socket.gethostname().lower()
+        self._aliases = {name.lower() for name in rules.allow_host}
+        self._names = {"localhost", name, name.partition(".")[0], *self._aliases}
+        self._users, self._is_tls = rules.users, rules.tls is not None
+        self._secret = os.urandom(32).hex()
+
+    def check(self, request: Request) -> None:
+        """Raise Forbidden or HttpError unless the request may be answered."""
+        host = request.headers.get("host")
+        if host and not self._is_own_name(host):
+            raise Forbidden(f"{host!r:.100} is no name of this machine; if it should be, start with --allow-host NAME")
+        if request.method not in ("GET", "HEAD") and self._is_foreign_page(request.headers):
+            raise Forbidden("a web page of another site must not change anything here")
+        if self._users is not None:
+            self._check_user(request, self._users)
+
+    def _is_own_name(self, host: str) -> bool:
+        """Tell whether a Host header is one that no foreign name, which may be rebound to our address, can give."""
+        name = re.sub(":[0-9]*$", "", host.lower())
+        return name.removesuffix(".") in self._names or bool(IP_ADDRESS.fullmatch(name))
+
+    def _is_foreign_page(self, headers: Mapping[str, str]) -> bool:
+        origin = headers.get("origin")
+        if headers.get("sec-fetch-site") == "cross-site":
+            return True
+        if origin is None:
+            return False
+        place = re.sub("^https?://", "", origin.lower())
+        return place != headers.get("host", "").lower() and re.sub(":[0-9]+$", "", place) not in self._aliases
+
+    def _check_user(self, request: Request, users: Mapping[str, str]) -> None:
+        """Raise HttpError unless the request proves that it comes from a user, RFC 7616 and RFC 7617."""
+        scheme, _, rest = request.headers.get("authorization", "").partition(" ")
+        if scheme.lower() == "digest":
+            fields = {match[1].lower(): match[2] or match[3] or "" for match in AUTH_FIELD.finditer(rest)}
+            is_right, is_stale = self._proves(request, fields, users), not self._is_fresh(fields.get("nonce", ""))
+        elif scheme.lower() == "basic" and self._is_tls:
+            is_right, is_stale = self._is_password(rest, users), False
+        else:
+            wanted = "a user and a password are wanted here, as curl sends them with --anyauth -u NAME"
+            raise HttpError(401, f"{wanted}; Basic is taken over TLS only", *self._challenges())
+        if not is_right:
+            raise WrongPassword(401, "the user or the password is wrong", *self._challenges())
+        if is_stale:
+            raise HttpError(401, "the nonce has expired", *self._challenges(", stale=true"))
+
+    def _challenges(self, more: str = "") -> list[tuple[str, str]]:
+        nonce = self._nonce(int(time.monotonic()))
+        ways = [
+            f'Digest realm="{REALM}", nonce="{nonce}", qop="auth", algorithm={name}, charset=UTF-8{more}'
+            for name in ALGORITHMS
+        ]
+        return [("WWW-Authenticate", way) for way in ways + [f'Basic realm="{REALM}"'] * self._is_tls]
+
+    def _nonce(self, second: int) -> str:
+        """Return a nonce that only this daemon can have made in that second."""
+        return f"{second:x}-{digest_of('sha256', self._secret, str(second))}"
+
+    def _is_fresh(self, nonce: str) -> bool:
+        now, second = int(time.monotonic()), nonce.partition("-")[0]
+        if not re.fullmatch("[0-9a-f]{1,12}", second):
+            return False
+        return is_same(nonce, self._nonce(int(second, 16))) and 0 <= now - int(second, 16) <= NONCE_SECONDS
+
+    def _proves(self, request: Request, fields: Mapping[str, str], users: Mapping[str, str]) -> bool:
+        """Tell whether Digest fields come from a user who knows the password; no such user costs the same time."""
+        algorithm = ALGORITHMS.get(fields.get("algorithm", "MD5").upper())
+        if algorithm is None or fields.get("qop") != "auth" or fields.get("uri") != request.target:
+            return False
+        name = re.sub(r"\\(.)", r"\1", fields.get("username", "")).encode("latin-1").decode("utf-8", "replace")
+        known = digest_of(algorithm, name, REALM, users.get(name, self._secret))
+        asked = digest_of(algorithm, request.method, request.target)
+        counted = [fields.get(field, "") for field in ("nonce", "nc", "cnonce", "qop")]
+        return is_same(fields.get("response", "").lower(), digest_of(algorithm, known, *counted, asked))
+
+    def _is_password(self, credentials: str, users: Mapping[str, str]) -> bool:
+        with contextlib.suppress(ValueError):
+            name, _, password = binascii.a2b_base64(credentials.strip()).decode().partition(":")
+            return is_same(digest_of("sha256", password), digest_of("sha256", users.get(name, self._secret)))
+        return False
+
+
+def digest_of(algorithm: str, *texts: str) -> str:
+    """Return the hexadecimal digest of texts joined by colons."""
+    import hashlib
+
+    data = ":".join(texts).encode("utf-8", "surrogateescape")
+    return hashlib.new(algorithm, data, usedforsecurity=False).hexdigest()
+
+
+def is_same(text: str, other: str) -> bool:
+    """Compare secrets in a time that does not tell where they differ."""
+    import hmac
+
+    return hmac.compare_digest(text.encode(), other.encode())
+
+
 class Handler:
-    """Answer the requests of one connection, one after another."""
+    """Answer the requests of one connection, one after another, be it in the accept loop or in a thread."""
 
-    def __init__(self, server: Server, connection: socket.socket):
-        self.server, self.wire = server, Wire(connection)
-        self.is_last = self.is_head = False
+    def __init__(self, server: Server, connection: socket.socket, address: str):
+        self.server, self.address = server, address
+        self.wire = Wire(connection, server.rules.request_timeout)
+        self.request: Request | None = None  # what is to be answered
+        self.refusal: ScrapyDoError | None = None  # why it is not sound
         self.body: Body | None = None
+        self.is_last = False  # nothing may follow on this connection
+        self.is_gone = False  # the client is, or has met an error of ours
+        self.due = time.monotonic() + self.wire.seconds  # for the head of the next request
 
-    def handle(self) -> None:
-        """Answer until the client goes, asks to close, or sends what cannot be followed by another request."""
-        with contextlib.suppress(Gone):
-            while not self.is_last:
-                self._handle_one()
-            if self.body is None or not self.body.is_read:
-                self.wire.linger()
-
-    def _handle_one(self) -> None:
-        self.body, self.is_head = None, False
-        self.wire.expect(REQUEST_SECONDS)
+    @contextlib.contextmanager
+    def contained(self) -> Iterator[None]:
+        """Let an exception end this connection and nothing else."""
         try:
-            too_long = HttpError(431, f"the head of the request is longer than {HEAD_BYTES} bytes")
-            head = self.wire.take_until(b"\r\n\r\n", HEAD_BYTES, too_long)
+            yield
+        except Exception as error:
+            if not isinstance(error, Gone):
+                log_crash("a connection")
+            self.is_gone = self.is_last = True
+
+    def find_request(self) -> None:
+        """Find the next request, or why it must be refused, if its head has arrived."""
+        try:
+            if (head := self.wire.take_head()) is not None:
+                self.body = None
+                self.request = parse_head(head)
+                self.is_last = not self.request.keeps_alive
+                self.body = Body(self.wire, self.request.headers, self.server.rules.max_upload * MIB)
+                self.server.guard.check(self.request)
         except ScrapyDoError as error:
-            self._refuse(error)
-            return
-        self.server.note_request(1)
+            self.refusal = error
+
+    def has_work(self) -> bool:
+        """Tell whether there is something to answer."""
+        return self.request is not None or self.refusal is not None
+
+    def is_quick(self) -> bool:
+        """Tell whether the answer can be given without waiting for anything, and nothing follows it yet."""
+        if self.wire.buffer or isinstance(self.refusal, WrongPassword):
+            return False
+        route = ROUTES.get(self.request.path) if self.request is not None else None
+        return self.refusal is not None or (route is not None and route.is_quick)
+
+    def needs_thread(self) -> bool:
+        """Tell whether there is something that the accept loop must not wait for."""
+        is_unfinished = self.has_work() or self.wire.unsent != b"" or (self.is_last and not self._is_read())
+        return is_unfinished and not self.is_gone
+
+    def work(self) -> None:
+        """Do in a thread what the accept loop must not wait for, up to where the next request is not there yet."""
+        self.wire.send_rest()
+        while self.has_work():
+            self.wire.expect(self.wire.seconds)
+            self.answer()
+            if not self.is_last:
+                self.find_request()
+        if self.is_last and not self._is_read():
+            self.wire.linger()
+        self.wire.wait_no_more()
+
+    def answer(self) -> None:
+        """Answer the request that was found. Raise Gone when the client is."""
         try:
-            self._answer(parse_head(head.lstrip(b"\r\n")))
+            if isinstance(self.refusal, WrongPassword):
+                time.sleep(PENALTY_SECONDS)
+            if self.refusal is not None:
+                raise self.refusal
+            assert self.request is not None
+            self._answer(self.request)
         except ScrapyDoError as error:
             self._refuse(error)
         except Gone:
@@ -2358,12 +2630,14 @@ class Handler:
             log_crash("answering a request")
             self._refuse(HttpError(500, "the daemon met an error of its own; its log has the details"))
         finally:
-            self.server.note_request(-1)
+            self.request = self.refusal = None
+            self.due = time.monotonic() + self.wire.seconds
+
+    def _is_read(self) -> bool:
+        """Tell whether all of the request was read, so that it is known where the next one begins."""
+        return self.body is not None and self.body.is_read
 
     def _answer(self, request: Request) -> None:
-        self.is_head = request.method == "HEAD"
-        self.is_last = not request.keeps_alive
-        self.body = Body(self.wire, request.headers, self.server.max_upload)
         if match := LOG_PATH.fullmatch(request.path):
             self._check_method(request, "GET")
             self._send_log(self.server.daemon.log_file(match[1], match[2]))
@@ -2377,7 +2651,7 @@ class Handler:
     def _check_method(self, request: Request, method: str) -> None:
         allowed = ("GET", "HEAD") if method == "GET" else (method,)
         if request.method not in allowed:
-            raise HttpError(405, f"{request.path} is asked for by {method}", Allow=", ".join(allowed))
+            raise HttpError(405, f"{request.path} is asked for by {method}", ("Allow", ", ".join(allowed)))
 
     def _call(self, route: Route, request: Request) -> dict[str, Any]:
         """Read the parameters, have the route answer, and clear its upload away."""
@@ -2404,30 +2678,38 @@ class Handler:
         return read_fields(request.headers, self.body.pieces())
 
     def _refuse(self, error: ScrapyDoError) -> None:
-        headers = getattr(error, "headers", {})
-        self._send_json(error.status, {"status": "error", "msg": str(error)}, **headers)
+        headers: Iterable[tuple[str, str]] = getattr(error, "headers", ())
+        if error.status != 401 or isinstance(error, WrongPassword):  # that a password is wanted is no event
+            what = f"{self.request.method} {self.request.path:.100}" if self.request is not None else "a request"
+            log(f"{what} from {self.address} was refused with {error.status}: {error}")
+        self._send_json(error.status, {"status": "error", "msg": str(error)}, headers)
 
-    def _send_json(self, status: int, answer: dict[str, Any], **headers: str) -> None:
+    def _send_json(self, status: int, answer: dict[str, Any], headers: Iterable[tuple[str, str]] = ()) -> None:
         data = (json.dumps(answer, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
         self._send(status, "application/json", len(data), data, headers)
 
-    def _send(self, status: int, kind: str, length: int, data: bytes, headers: Mapping[str, str]) -> None:
+    def _send(
+        self, status: int, kind: str, length: int, data: bytes, headers: Iterable[tuple[str, str]] = ()
+    ) -> None:
         """Send the head and the beginning of an answer at once: two writes would meet Nagle's delay, RFC 896."""
-        if self.body is None or not self.body.is_read:  # then nobody knows where the next request begins
-            self.is_last = True
-        fields = {"Content-Type": kind, "Content-Length": str(length), "Date": http_date(int(time.time()))}
-        fields |= {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff", **headers}
-        fields["Connection"] = "close" if self.is_last else "keep-alive"  # HTTP/1.0 wants to be told
-        lines = [f"HTTP/1.1 {status} {REASONS[status]}", *(f"{name}: {value}" for name, value in fields.items())]
-        head = "\r\n".join([*lines, "", ""]).encode("latin-1")
-        self.wire.send(head if self.is_head else head + data)
+        self.is_last = self.is_last or not self._is_read()
+        head = (
+            f"HTTP/1.1 {status} {REASONS[status]}\r\nContent-Type: {kind}\r\nContent-Length: {length}\r\n"
+            f"Date: {http_date(int(time.time()))}\r\nCache-Control: no-store\r\nX-Content-Type-Options: nosniff\r\n"
+            f"Connection: {'close' if self.is_last else 'keep-alive'}\r\n"  # HTTP/1.0 wants to be told
+        )
+        head += "".join(f"{name}: {value}\r\n" for name, value in headers) + "\r\n"
+        self.wire.send(head.encode("latin-1") + (b"" if self._is_head() else data))
+
+    def _is_head(self) -> bool:
+        return self.request is not None and self.request.method == "HEAD"
 
     def _send_log(self, path: Path) -> None:
         """Send what a log holds now; a job that has written nothing has an empty one."""
         try:
             descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
         except FileNotFoundError:
-            self._send(200, "text/plain; charset=utf-8", 0, b"", {})
+            self._send(200, "text/plain; charset=utf-8", 0, b"")
             return
         except OSError as error:
             raise NotFound(f"the log cannot be read: {error.strerror}") from None
@@ -2438,8 +2720,8 @@ class Handler:
         with open(descriptor, "rb") as file:
             left = about.st_size
             piece = file.read(min(left, CHUNK_BYTES))
-            self._send(200, "text/plain; charset=utf-8", left, piece, {})
-            while not self.is_head and (left := left - len(piece)):
+            self._send(200, "text/plain; charset=utf-8", left, piece)
+            while not self._is_head() and (left := left - len(piece)):
                 piece = file.read(min(left, CHUNK_BYTES))
                 if not piece:  # cut short while it was read: the client must not wait for the rest
                     raise Gone
@@ -2453,93 +2735,200 @@ def http_date(second: int) -> str:
 
 
 class Server:
-    """Accept connections and give each to a thread, an idle one if there is.
+    """Accept connections, wait for their requests, answer the quick ones, and give the others to threads.
 
-    Of http.server and socketserver nothing would be left to use here, and they cost 7 MiB and 30 ms to import.
+    So a slow client costs no thread, and a question for the status no change of threads. Of http.server and
+    socketserver nothing would be left to use here, and they cost 7 MiB and 30 ms to import.
     """
 
-    def __init__(self, address: tuple[str, int], daemon: Daemon, max_upload: int):
+    def __init__(self, address: tuple[str, int], daemon: Daemon, rules: Rules):
         """Listen on an address, without asking DNS for its name. Raise OSError when it cannot be had."""
-        self.daemon, self.max_upload = daemon, max_upload
+        self.daemon, self.rules, self.guard = daemon, rules, Guard(rules)
         family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
         self.socket = socket.create_server(address, family=family, backlog=BACKLOG_COUNT)
         self.socket.setblocking(False)
         self.host, self.port = self.socket.getsockname()[:2]
+        self._parked: dict[int, Handler] = {}  # wait for a request, by file descriptor; only the accept loop's
+        self._deadlines = Agenda()  # of these
+        self._given: queue.SimpleQueue[Handler] = queue.SimpleQueue()  # to the threads
         self._lock = threading.Lock()  # guards all below
-        self._connection_waits = threading.Condition(self._lock)
-        self._requests_ended = threading.Condition(self._lock)
-        self._waiting: list[socket.socket] = []
-        self._thread_count = self._idle_count = self._requests = 0
+        self._work_ended = threading.Condition(self._lock)
+        self._returned: list[Handler] = []  # by the threads
+        self._connection_count = self._thread_count = self._work_count = 0
+        self._is_over = False
 
     def serve(self, stop: socket.socket) -> None:
-        """Accept connections until something can be read from `stop`; then stop listening."""
-        with selectors.DefaultSelector() as selector, self.socket:
-            selector.register(self.socket, selectors.EVENT_READ)
-            selector.register(stop, selectors.EVENT_READ)
-            while stop not in [key.fileobj for key, _ in selector.select()]:
-                try:
-                    connection, _ = self.socket.accept()
-                except OSError as error:  # a client that went at once, or no file descriptors: wait for some
-                    time.sleep(0.05 if error.errno in (errno.EMFILE, errno.ENFILE) else 0)
-                else:
-                    self._give(connection)
-
-    def _give(self, connection: socket.socket) -> None:
-        """Queue a connection for a thread; where no more can be had, tell it so at once."""
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        with self._lock:
-            needs_thread = len(self._waiting) >= self._idle_count
-            has_room = not needs_thread or self._thread_count < CONNECTIONS_COUNT
-            if has_room:
-                self._waiting.append(connection)
-                self._thread_count += needs_thread
-                self._idle_count += needs_thread
-                self._connection_waits.notify()
-        if has_room and needs_thread:
-            try:
-                threading.Thread(target=self._serve_connections, name="http", daemon=True).start()
-            except RuntimeError:  # the system gives no more threads
-                with self._lock:
-                    self._thread_count -= 1
-                    self._idle_count -= 1
-                    has_room = connection not in self._waiting  # another thread has taken it meanwhile
-                    if not has_room:
-                        self._waiting.remove(connection)
-        if not has_room:
-            turn_away(connection)
-
-    def _serve_connections(self) -> None:
-        """Do the work of one thread: serve connections until there is none for a while."""
-        while connection := self._next_connection():
-            with connection:
-                try:
-                    Handler(self, connection).handle()
-                except Exception:
-                    log_crash("a connection")
+        """Serve until something can be read from `stop`; then stop listening, and let go of all who wait."""
+        back, self._wake = socket.socketpair()
+        with self.socket, back, self._wake, selectors.DefaultSelector() as self._selector:
+            self._wake.setblocking(False)
+            self._selector.register(self.socket, selectors.EVENT_READ, self._accept)
+            self._selector.register(back, selectors.EVENT_READ, lambda: self._take_back(back))
+            self._selector.register(stop, selectors.EVENT_READ)
+            while stop not in [key.fileobj for key, _ in self._serve_some()]:
+                pass
             with self._lock:
-                self._idle_count += 1
+                self._is_over = True
+            for handler in [*self._parked.values(), *self._returned]:
+                self._close(handler)
 
-    def _next_connection(self) -> socket.socket | None:
-        with self._lock:
-            if not self._waiting:
-                self._connection_waits.wait(IDLE_SECONDS)
-            self._idle_count -= 1
-            if self._waiting:
-                return self._waiting.pop(0)
-            self._thread_count -= 1
-            return None
+    def _serve_some(self) -> list[tuple[selectors.SelectorKey, int]]:
+        """Wait until there is something to do, do it, and return what there was."""
+        first = self._deadlines.first()
+        events = self._selector.select(None if first is None else max(0.0, first - time.monotonic()))
+        for key, _ in events:
+            if key.data:
+                key.data()
+        if first is not None:
+            for number in self._deadlines.pop_due(time.monotonic()):
+                self._end_wait(self._parked[number])
+        return events
 
-    def note_request(self, change: int) -> None:
-        """Count the requests that are being answered."""
+    def _end_wait(self, handler: Handler) -> None:
+        """Refuse a request that has not arrived in time; who has not begun one is let go without a word."""
+        if handler.wire.buffer:
+            handler.refusal = HttpError(408, "the request took too long to arrive")
+            self._go_on(handler)
+        else:
+            self._close(handler)
+
+    def _accept(self) -> None:
+        try:
+            connection, address = self.socket.accept()
+        except OSError as error:  # a client that went at once, or no file descriptors: wait for some
+            time.sleep(0.05 if error.errno in (errno.EMFILE, errno.ENFILE) else 0)
+            return
+        connection.setblocking(False)
+        if not self._has_room():
+            turn_away(connection)
+            return
+        try:
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            if self.rules.tls is not None:
+                connection = self.rules.tls.wrap(connection)
+        except OSError:
+            connection.close()
+            return
         with self._lock:
-            self._requests += change
-            if self._requests == 0:
-                self._requests_ended.notify_all()
+            self._connection_count += 1
+        self._read(Handler(self, connection, address[0]))
+
+    def _has_room(self) -> bool:
+        """Tell whether one more connection may be had; who has kept a request back for longest gives way to it."""
+        if self._connection_count < self.rules.max_connections:
+            return True
+        first = self._deadlines.first()
+        if first is None or first > time.monotonic() + self.rules.request_timeout - GRACE_SECONDS:
+            return False
+        for number in self._deadlines.pop_due(first):
+            self._close(self._parked[number])
+        return True
+
+    def _read(self, handler: Handler) -> None:
+        """Take in what has arrived from a client and go on with it."""
+        if handler.wire.socket.fileno() < 0:  # it has given way to another since it was found readable
+            return
+        with handler.contained():
+            handler.wire.take_in()
+            handler.find_request()
+        self._go_on(handler)
+
+    def _go_on(self, handler: Handler) -> None:
+        """Answer what is quick, give to a thread what is not, and wait for what has not arrived."""
+        with handler.contained():
+            if handler.has_work() and handler.is_quick():
+                handler.answer()
+        if handler.needs_thread():
+            self._give(handler)
+        elif handler.is_last:
+            self._close(handler)
+        else:
+            self._park(handler)
+
+    def _park(self, handler: Handler) -> None:
+        number = handler.wire.socket.fileno()
+        if number not in self._parked:
+            self._parked[number] = handler
+            self._selector.register(number, selectors.EVENT_READ, functools.partial(self._read, handler))
+        self._deadlines.put(number, handler.due)
+
+    def _unpark(self, handler: Handler) -> None:
+        number = handler.wire.socket.fileno()
+        if self._parked.pop(number, None) is not None:
+            self._deadlines.drop(number)
+            self._selector.unregister(number)
+
+    def _close(self, handler: Handler) -> None:
+        self._unpark(handler)
+        handler.wire.close()
+        with self._lock:
+            self._connection_count -= 1
+
+    def _give(self, handler: Handler) -> None:
+        """Give a connection to a thread, a new one if all have work; where none can be had, refuse the request."""
+        self._unpark(handler)
+        with self._lock:
+            self._work_count += 1
+            needs_thread = self._work_count > self._thread_count
+            self._thread_count += needs_thread
+        try:
+            if needs_thread:
+                threading.Thread(target=self._work, name="http", daemon=True).start()
+        except RuntimeError:  # the system gives no more
+            with self._lock:
+                self._thread_count -= 1
+                is_alone = self._thread_count == 0
+                self._work_count -= is_alone
+            if is_alone:
+                handler.refusal = Unavailable("the system gives the daemon no more threads; ask again later")
+                with handler.contained():
+                    handler.answer()
+                self._close(handler)
+                return
+        self._given.put(handler)
+
+    def _work(self) -> None:
+        """Do the work of one thread, until there is none for a while."""
+        while True:
+            try:
+                handler = self._given.get(timeout=IDLE_SECONDS)
+            except queue.Empty:
+                with self._lock:
+                    if self._work_count < self._thread_count:
+                        self._thread_count -= 1
+                        return
+                continue
+            with handler.contained():
+                handler.work()
+            self._give_back(handler)
+
+    def _give_back(self, handler: Handler) -> None:
+        """Return a connection to the accept loop, or end it."""
+        with self._lock:
+            is_over = self._is_over or handler.is_last
+            if not is_over:
+                self._returned.append(handler)
+        if is_over:
+            self._close(handler)
+        else:
+            with contextlib.suppress(OSError):  # the loop knows already, or has just ended
+                self._wake.send(b"x")
+        with self._lock:
+            self._work_count -= 1
+            if self._work_count == 0:
+                self._work_ended.notify_all()
+
+    def _take_back(self, back: socket.socket) -> None:
+        back.recv(CHUNK_BYTES)
+        with self._lock:
+            returned, self._returned = self._returned, []
+        for handler in returned:
+            self._go_on(handler)
 
     def drain(self, seconds: float) -> None:
         """Wait for the requests that are being answered, but no longer than so many seconds."""
         with self._lock:
-            self._requests_ended.wait_for(lambda: self._requests == 0, seconds)
+            self._work_ended.wait_for(lambda: self._work_count == 0, seconds)
 
 
 def turn_away(connection: socket.socket) -> None:
@@ -2605,21 +2994,78 @@ def parse_options(argv: list[str] | None) -> argparse.Namespace:
     add("--scrapy", type=scrapy_command, metavar="CMD", help="the command that is Scrapy (this Python's '-m scrapy')")
     add("--kill-after", type=seconds, metavar="SECONDS", help="from SIGTERM to SIGKILL (%(default)g)")
     add("--list-timeout", type=seconds, metavar="SECONDS", help="for 'scrapy list' (%(default)g)")
-    add("--max-upload", type=whole_number(1, 10**6), default=256, metavar="MIB", help="largest body (%(default)s)")
+    add("--max-upload", type=whole_number(1, 10**6), metavar="MIB", help="largest body (%(default)s)")
+    add("--max-connections", type=whole_number(1, 10**5), metavar="COUNT", help="clients at once (%(default)s)")
+    add("--request-timeout", type=seconds, metavar="SECONDS", help="for a request to arrive (%(default)g)")
+    add("--auth-file", type=Path, metavar="FILE", help="users who may come in, a line USER:PASSWORD each")
+    add("--no-auth", action="store_true", help="let everybody in who reaches the port, whatever --host is")
+    add("--allow-host", action="append", metavar="NAME", help="another name by which clients may call this machine")
+    add("--tls-cert", type=Path, metavar="FILE", help="certificate chain; with it only HTTPS is spoken")
+    add("--tls-key", type=Path, metavar="FILE", help="its private key, if that is in a file of its own")
+    add("--tls-password-file", type=Path, metavar="FILE", help="the password of the key, if it has one")
     add("--version", action="version", version=f"scrapy-do {__version__}")
-    parser.set_defaults(**Settings()._asdict())
-    return parser.parse_args(argv)
+    limits = ("max_upload", "max_connections", "request_timeout")
+    parser.set_defaults(**Settings()._asdict(), **{name: Rules._field_defaults[name] for name in limits})
+    options = parser.parse_args(argv)
+    if options.auth_file and options.no_auth:
+        parser.error("--auth-file and --no-auth contradict each other")
+    if (options.tls_key or options.tls_password_file) and not options.tls_cert:
+        parser.error("--tls-key and --tls-password-file need --tls-cert")
+    return options
+
+
+def read_users(path: Path) -> dict[str, str]:
+    """Return the passwords by user of a file with a line `user:password` each. Raise ScrapyDoError if it has faults."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            if os.fstat(file.fileno()).st_mode & (stat.S_IRWXG | stat.S_IRWXO):
+                raise ScrapyDoError(f"others may read or write {path}, which has passwords: run 'chmod 600 {path}'")
+            lines = file.read().split("\n")
+    except (OSError, ValueError) as error:
+        raise ScrapyDoError(f"the users cannot be read: {error}; see --auth-file") from None
+    users: dict[str, str] = {}
+    for number, line in enumerate(lines, 1):
+        name, _, password = line.rstrip("\r").partition(":")
+        if line.strip() and not (name and password):
+            raise ScrapyDoError(f"line {number} of {path} is not of the form user:password")
+        if name in users:
+            raise ScrapyDoError(f"line {number} of {path} has the user of an earlier line again")
+        users |= {name: password} if password else {}
+    if not users:
+        raise ScrapyDoError(f"{path} has no users; write a line user:password for each")
+    return users
+
+
+def read_rules(options: argparse.Namespace) -> Rules:
+    """Return what the options say of the server. Raise ScrapyDoError for files that do not do."""
+    return Rules(
+        max_upload=options.max_upload,
+        request_timeout=options.request_timeout,
+        max_connections=options.max_connections,
+        allow_host=tuple(options.allow_host or ()),
+        users=read_users(options.auth_file) if options.auth_file else None,
+        tls=Tls(options.tls_cert, options.tls_key, options.tls_password_file) if options.tls_cert else None,
+    )
 
 
 def listen(options: argparse.Namespace, daemon: Daemon) -> Server:
     """Return a server that is bound to its address. Raise ScrapyDoError when that cannot be had."""
+    rules = read_rules(options)
     try:
-        return Server((options.host, options.port), daemon, options.max_upload * MIB)
+        server = Server((options.host, options.port), daemon, rules)
     except OSError as error:
         raise Conflict(
             f"cannot listen on {options.host}, port {options.port}: {error.strerror or error}; "
             "choose another --port or --host, or stop what uses it"
         ) from None
+    is_loopback = server.host.startswith("127.") or server.host == "::1"
+    if not (is_loopback or options.auth_file or options.no_auth):
+        server.socket.close()
+        raise Forbidden(
+            f"whoever reaches {options.host} could run code as this user; name the users who may by --auth-file, or "
+            "say --no-auth if something in front of the daemon checks them"
+        )
+    return server
 
 
 def serve(options: argparse.Namespace, stop: socket.socket) -> None:
@@ -2631,7 +3077,7 @@ def serve(options: argparse.Namespace, stop: socket.socket) -> None:
         server = listen(options, daemon)
         daemon.start()
         host = f"[{server.host}]" if ":" in server.host else server.host
-        log(f"scrapy-do {__version__} listens on http://{host}:{server.port}")
+        log(f"scrapy-do {__version__} listens on {'https' if server.rules.tls else 'http'}://{host}:{server.port}")
         server.serve(stop)
         log("stopping: crawls are being ended, their jobs will run again at the next start")
         daemon.close()

@@ -163,12 +163,16 @@ class Inside(Client):
     def __init__(self, folder, scrapy, clock=None, **settings):
         self.store = scrapy_do.Store(folder / "data")
         self.daemon = scrapy_do.Daemon(self.store, scrapy_do.Settings(scrapy=scrapy, **settings), clock)
-        self.server = scrapy_do.Server(("127.0.0.1", 0), self.daemon, 4 * scrapy_do.MIB)
+        self.server = scrapy_do.Server(("127.0.0.1", 0), self.daemon, scrapy_do.Rules(max_upload=4))
         self.daemon.start()
         self.port = self.server.port
         self.stop, self.wake = socket.socketpair()
         self.thread = threading.Thread(target=self.server.serve, args=(self.stop,))
         self.thread.start()
+
+    def limit(self, **rules):
+        """Change the rules of the server."""
+        self.server.rules = self.server.rules._replace(**rules)
 
     def close(self):
         """Stop it as main does."""
@@ -2865,7 +2869,7 @@ def check_refusal(answer, *statuses):
 
 def head_of(path="/status.json", *lines, method="GET", version="1.1"):
     """Return the head of a request."""
-    return "\r\n".join([f"{method} {path} HTTP/{version}", "Host: x", *lines, "", ""]).encode()
+    return "\r\n".join([f"{method} {path} HTTP/{version}", "Host: localhost", *lines, "", ""]).encode()
 
 
 def post_of(path, body, kind=URLENCODED, *lines):
@@ -2910,9 +2914,9 @@ def shop(site):
 
 
 @pytest.fixture
-def short_time(monkeypatch):
+def short_time(site, monkeypatch):
     """Give clients little time."""
-    monkeypatch.setattr(scrapy_do, "REQUEST_SECONDS", 0.3)
+    site.limit(request_timeout=0.3)
     monkeypatch.setattr(scrapy_do, "LINGER_SECONDS", 0.1)
 
 
@@ -3429,40 +3433,40 @@ def long_head(count):
     return head_of("/status.json", *(f"X-{number}: y" for number in range(count - 1)))
 
 
-POST = "POST /cancel-job.json HTTP/1.1\r\nHost: x\r\n"
+POST = "POST /cancel-job.json HTTP/1.1\r\nHost: localhost\r\n"
 MALFORMED = {
     "nonsense": ("nonsense\r\n\r\n", 400),
     "empty": ("\r\n\r\n", 400),
     "bytes": ("\x16\x03\x01\x02\x00\x01\x00\xff\r\n\r\n", 400),
     "no version": ("GET /status.json\r\n\r\n", 400),
-    "small letters in the version": ("GET /status.json http/1.1\r\nHost: x\r\n\r\n", 400),
-    "two spaces": ("GET  /status.json HTTP/1.1\r\nHost: x\r\n\r\n", 400),
-    "space at the end": ("GET /status.json HTTP/1.1 \r\nHost: x\r\n\r\n", 400),
-    "space in the path": ("GET /status .json HTTP/1.1\r\nHost: x\r\n\r\n", 400),
-    "space before": (" GET /status.json HTTP/1.1\r\nHost: x\r\n\r\n", 400),
-    "method that is no token": ("G(T /status.json HTTP/1.1\r\nHost: x\r\n\r\n", 400),
-    "version 1.10": ("GET /status.json HTTP/1.10\r\nHost: x\r\n\r\n", 400),
-    "version 2": ("GET /status.json HTTP/2.0\r\nHost: x\r\n\r\n", 505),
+    "small letters in the version": ("GET /status.json http/1.1\r\nHost: localhost\r\n\r\n", 400),
+    "two spaces": ("GET  /status.json HTTP/1.1\r\nHost: localhost\r\n\r\n", 400),
+    "space at the end": ("GET /status.json HTTP/1.1 \r\nHost: localhost\r\n\r\n", 400),
+    "space in the path": ("GET /status .json HTTP/1.1\r\nHost: localhost\r\n\r\n", 400),
+    "space before": (" GET /status.json HTTP/1.1\r\nHost: localhost\r\n\r\n", 400),
+    "method that is no token": ("G(T /status.json HTTP/1.1\r\nHost: localhost\r\n\r\n", 400),
+    "version 1.10": ("GET /status.json HTTP/1.10\r\nHost: localhost\r\n\r\n", 400),
+    "version 2": ("GET /status.json HTTP/2.0\r\nHost: localhost\r\n\r\n", 505),
     "preface of version 2": ("PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", 505),
-    "version 0.9": ("GET /status.json HTTP/0.9\r\nHost: x\r\n\r\n", 505),
-    "address too long": (f"GET /{'a' * 9000} HTTP/1.1\r\nHost: x\r\n\r\n", 414),
-    "query too long": (f"GET /list-jobs.json?id={'a' * 9000} HTTP/1.1\r\nHost: x\r\n\r\n", 414),
-    "head too long": (f"GET /status.json HTTP/1.1\r\nHost: x\r\nX: {'a' * 70_000}\r\n\r\n", 431),
-    "head without an end": (f"GET /status.json HTTP/1.1\r\nHost: x\r\nX: {'a' * 70_000}", 431),
+    "version 0.9": ("GET /status.json HTTP/0.9\r\nHost: localhost\r\n\r\n", 505),
+    "address too long": (f"GET /{'a' * 9000} HTTP/1.1\r\nHost: localhost\r\n\r\n", 414),
+    "query too long": (f"GET /list-jobs.json?id={'a' * 9000} HTTP/1.1\r\nHost: localhost\r\n\r\n", 414),
+    "head too long": (f"GET /status.json HTTP/1.1\r\nHost: localhost\r\nX: {'a' * 70_000}\r\n\r\n", 431),
+    "head without an end": (f"GET /status.json HTTP/1.1\r\nHost: localhost\r\nX: {'a' * 70_000}", 431),
     "too many headers": (long_head(101).decode(), 431),
-    "no colon": ("GET /status.json HTTP/1.1\r\nHost: x\r\nnonsense\r\n\r\n", 400),
-    "space before the colon": ("GET /status.json HTTP/1.1\r\nHost: x\r\nX : y\r\n\r\n", 400),
-    "no name": ("GET /status.json HTTP/1.1\r\nHost: x\r\n: y\r\n\r\n", 400),
-    "name that is no token": ("GET /status.json HTTP/1.1\r\nHost: x\r\nX(: y\r\n\r\n", 400),
-    "name that is not ASCII": ("GET /status.json HTTP/1.1\r\nHost: x\r\nŻ: y\r\n\r\n", 400),
-    "continued line": ("GET /status.json HTTP/1.1\r\nHost: x\r\nX: y\r\n z\r\n\r\n", 400),
-    "continued line, first": ("GET /status.json HTTP/1.1\r\n Host: x\r\nHost: x\r\n\r\n", 400),
-    "carriage return": ("GET /status.json HTTP/1.1\r\nHost: x\r\nX: a\rContent-Length: 5\r\n\r\n", 400),
-    "line feed": ("GET /status.json HTTP/1.1\r\nHost: x\r\nX: a\nContent-Length: 5\r\n\r\n", 400),
-    "line feed after the request": ("GET /status.json HTTP/1.1\nHost: x\r\n\r\n", 400),
-    "NUL": ("GET /status.json HTTP/1.1\r\nHost: x\r\nX: a\0b\r\n\r\n", 400),
+    "no colon": ("GET /status.json HTTP/1.1\r\nHost: localhost\r\nnonsense\r\n\r\n", 400),
+    "space before the colon": ("GET /status.json HTTP/1.1\r\nHost: localhost\r\nX : y\r\n\r\n", 400),
+    "no name": ("GET /status.json HTTP/1.1\r\nHost: localhost\r\n: y\r\n\r\n", 400),
+    "name that is no token": ("GET /status.json HTTP/1.1\r\nHost: localhost\r\nX(: y\r\n\r\n", 400),
+    "name that is not ASCII": ("GET /status.json HTTP/1.1\r\nHost: localhost\r\nŻ: y\r\n\r\n", 400),
+    "continued line": ("GET /status.json HTTP/1.1\r\nHost: localhost\r\nX: y\r\n z\r\n\r\n", 400),
+    "continued line, first": ("GET /status.json HTTP/1.1\r\n Host: localhost\r\nHost: localhost\r\n\r\n", 400),
+    "carriage return": ("GET /status.json HTTP/1.1\r\nHost: localhost\r\nX: a\rContent-Length: 5\r\n\r\n", 400),
+    "line feed": ("GET /status.json HTTP/1.1\r\nHost: localhost\r\nX: a\nContent-Length: 5\r\n\r\n", 400),
+    "line feed after the request": ("GET /status.json HTTP/1.1\nHost: localhost\r\n\r\n", 400),
+    "NUL": ("GET /status.json HTTP/1.1\r\nHost: localhost\r\nX: a\0b\r\n\r\n", 400),
     "no Host": ("GET /status.json HTTP/1.1\r\n\r\n", 400),
-    "two Hosts": ("GET /status.json HTTP/1.1\r\nHost: x\r\nhost: x\r\n\r\n", 400),
+    "two Hosts": ("GET /status.json HTTP/1.1\r\nHost: localhost\r\nhost: x\r\n\r\n", 400),
     "two lengths": (POST + "Content-Length: 3\r\nContent-Length: 4\r\n\r\nid=a", 400),
     "two lengths that agree": (POST + "Content-Length: 4\r\nContent-Length: 4\r\n\r\nid=a", 400),
     "two lengths in a line": (POST + "Content-Length: 4, 4\r\n\r\nid=a", 400),
@@ -3479,7 +3483,7 @@ MALFORMED = {
     "empty length": (POST + "Content-Length:\r\n\r\nid=a", 400),
     "length of 30 digits": (POST + f"Content-Length: {'9' * 30}\r\n\r\nid=a", 400),
     "length of 18 digits": (POST + f"Content-Length: {'9' * 18}\r\n\r\nid=a", 413),
-    "bad length of a GET": ("GET /status.json HTTP/1.1\r\nHost: x\r\nContent-Length: x\r\n\r\n", 400),
+    "bad length of a GET": ("GET /status.json HTTP/1.1\r\nHost: localhost\r\nContent-Length: x\r\n\r\n", 400),
     "unknown coding": (POST + "Transfer-Encoding: gzip\r\n\r\nid=a", 501),
     "two codings": (POST + "Transfer-Encoding: gzip, chunked\r\n\r\n0\r\n\r\n", 501),
     "chunked twice": (POST + "Transfer-Encoding: chunked, chunked\r\n\r\n0\r\n\r\n", 501),
@@ -3487,9 +3491,9 @@ MALFORMED = {
     "empty coding": (POST + "Transfer-Encoding:\r\n\r\nid=a", 501),
     "vertical tab and chunked": (POST + "Transfer-Encoding: \x0bchunked\r\n\r\n0\r\n\r\n", 501),
     "two content types": (POST + "Content-Type: a\r\nContent-Type: b\r\n\r\n", 400),
-    "path that is not UTF-8": ("GET /get-log/data/%ff.out HTTP/1.1\r\nHost: x\r\n\r\n", 400),
-    "raw path that is not UTF-8": (b"GET /get-log/data/\xff.out HTTP/1.1\r\nHost: x\r\n\r\n", 400),
-    "path with a surrogate": ("GET /get-log/data/%ed%a0%80.out HTTP/1.1\r\nHost: x\r\n\r\n", 400),
+    "path that is not UTF-8": ("GET /get-log/data/%ff.out HTTP/1.1\r\nHost: localhost\r\n\r\n", 400),
+    "raw path that is not UTF-8": (b"GET /get-log/data/\xff.out HTTP/1.1\r\nHost: localhost\r\n\r\n", 400),
+    "path with a surrogate": ("GET /get-log/data/%ed%a0%80.out HTTP/1.1\r\nHost: localhost\r\n\r\n", 400),
 }
 
 
@@ -3508,12 +3512,12 @@ SOUND = {
     "empty line first": b"\r\n" + head_of(),
     "a hundred headers": long_head(100),
     "long address": head_of("/status.json?" + "&" * 8000),
-    "absolute address": head_of("http://example.com:80/status.json"),
-    "absolute address, capitals": head_of("HTTPS://x/status.json"),
+    "absolute address": head_of("http://127.0.0.1:80/status.json"),
+    "absolute address, capitals": head_of("HTTPS://LOCALHOST/status.json"),
     "encoded letter": head_of("/st%61tus.json"),
     "empty Host": b"GET /status.json HTTP/1.1\r\nHost:\r\n\r\n",
-    "no space after the colon": b"GET /status.json HTTP/1.1\r\nhost:x\r\nX:\t y \t\r\nX:\r\n\r\n",
-    "bytes in a value": b"GET /status.json HTTP/1.1\r\nHost: x\r\nX: \xff\xc5\xbc\r\n\r\n",
+    "no space after the colon": b"GET /status.json HTTP/1.1\r\nhost:localhost\r\nX:\t y \t\r\nX:\r\n\r\n",
+    "bytes in a value": b"GET /status.json HTTP/1.1\r\nHost: localhost\r\nX: \xff\xc5\xbc\r\n\r\n",
     "no Host in 1.0": b"GET /status.json HTTP/1.0\r\n\r\n",
     "version 1.9": head_of(version="1.9"),
     "length 0": head_of("/status.json", "Content-Length: 000"),
@@ -3541,7 +3545,7 @@ def test_odd_path_to_a_log_is_404(shop, path):
 
 def test_random_bytes_as_a_head_are_refused(site):
     dice = random.Random(7)
-    words = [b"GET", b" ", b"/", b"status.json", b" HTTP/1.1", b"\r\n", b"Host: x", b":", b"\0", b"\xff", b"%", b"?", b"=", b"\n"]
+    words = [b"GET", b" ", b"/", b"status.json", b" HTTP/1.1", b"\r\n", b"Host: localhost", b":", b"\0", b"\xff", b"%", b"?", b"=", b"\n"]
     for _ in range(100):
         noise = b"".join(dice.choice(words) if dice.random() < 0.9 else dice.randbytes(3) for _ in range(dice.randrange(12)))
         with Line(site) as line:
@@ -3646,11 +3650,11 @@ def test_three_hundred_connections_at_once_are_all_answered(site):
             line.send(head_of("/list-projects.json", "Connection: close"))
         statuses = [line.answer()[0] for line in lines]
     assert set(statuses) <= {200, 503}
-    assert statuses.count(200) >= scrapy_do.CONNECTIONS_COUNT
+    assert statuses.count(200) >= site.server.rules.max_connections
 
 
 def test_connection_past_the_cap_is_503_at_once_until_another_ends(site, monkeypatch):
-    monkeypatch.setattr(scrapy_do, "CONNECTIONS_COUNT", 5)
+    site.limit(max_connections=5)
     with contextlib.ExitStack() as stack:
         lines = [stack.enter_context(Line(site)) for _ in range(5)]
         for line in lines:  # all threads have a connection now, which they keep
@@ -3671,15 +3675,15 @@ def test_thread_that_cannot_be_started_costs_one_connection(site, monkeypatch, c
     def refuse(*args, **options):
         raise RuntimeError("can't start new thread")
 
-    monkeypatch.setattr(scrapy_do, "CONNECTIONS_COUNT", 2)
+    site.limit(max_connections=2)
     with monkeypatch.context() as patch:
         patch.setattr(scrapy_do.threading, "Thread", refuse)
         for _ in range(4):
-            check_refusal(speak(site, head_of()), 503)
+            check_refusal(speak(site, head_of("/list-jobs.json?status=ACTIVE")), 503)
     assert "Traceback" not in capsys.readouterr().err
     with Line(site) as first, Line(site) as second:
         for line in (first, second):
-            line.send(head_of())
+            line.send(head_of("/list-jobs.json?status=ACTIVE"))
             assert line.answer()[0] == 200
 
 
@@ -3697,7 +3701,7 @@ SLOW = {
 
 @pytest.mark.parametrize(("start", "rest"), SLOW.values(), ids=SLOW)
 def test_slow_client_is_cut_off_and_its_thread_freed(site, tmp_path, monkeypatch, short_time, start, rest):
-    monkeypatch.setattr(scrapy_do, "CONNECTIONS_COUNT", 1)
+    site.limit(max_connections=1)
     with Line(site) as line:
         line.send(start)
         assert line.drip(rest)
@@ -3707,7 +3711,7 @@ def test_slow_client_is_cut_off_and_its_thread_freed(site, tmp_path, monkeypatch
 
 
 def test_idle_connection_is_closed_and_its_thread_freed(site, monkeypatch, short_time):
-    monkeypatch.setattr(scrapy_do, "CONNECTIONS_COUNT", 1)
+    site.limit(max_connections=1)
     with Line(site) as line:
         line.send(head_of())
         assert line.answer()[0] == 200
@@ -3716,7 +3720,7 @@ def test_idle_connection_is_closed_and_its_thread_freed(site, monkeypatch, short
 
 
 def test_slow_upload_above_the_least_rate_is_taken(shop, monkeypatch):
-    monkeypatch.setattr(scrapy_do, "REQUEST_SECONDS", 1.0)
+    shop.limit(request_timeout=1.0)
     monkeypatch.setattr(scrapy_do, "BODY_BYTES_PER_SECOND", 1)
     body = PLAN_URLENCODED + b"&description=" + b"a" * 100
     with Line(shop) as line:
@@ -3742,7 +3746,7 @@ BROKEN_OFF = {
 @pytest.mark.parametrize("is_reset", [False, True], ids=["closed", "reset"])
 @pytest.mark.parametrize("data", BROKEN_OFF.values(), ids=BROKEN_OFF)
 def test_client_that_goes_leaves_nothing_behind(site, tmp_path, monkeypatch, capsys, data, is_reset):
-    monkeypatch.setattr(scrapy_do, "CONNECTIONS_COUNT", 1)
+    site.limit(max_connections=1)
     with Line(site) as line:
         line.send(data)
         if is_reset:
@@ -3888,7 +3892,7 @@ def test_any_text_survives_a_json_body(fields, places, ascii_only):
 HEAD_WORDS = st.sampled_from(
     [
         b"GET", b"POST", b" ", b"/", b"/status.json", b"http://x", b"HTTP/1.1", b" HTTP/1.1\r\n", b" HTTP/1.0\r\n", b"\r\n",
-        b"Host: x\r\n", b"Connection:", b"close", b"Content-Length: ", b"99", b"chunked", b":", b"%", b"%ff", b"?", b"\0",
+        b"Host: localhost\r\n", b"Connection:", b"close", b"Content-Length: ", b"99", b"chunked", b":", b"%", b"%ff", b"?", b"\0",
     ]
 )  # fmt: skip
 BODY_WORDS = st.sampled_from(
@@ -3923,8 +3927,8 @@ def test_any_bytes_as_a_body_are_read_or_refused(body, places, kind):
 
 SPACES = b" " * 60_000
 HOSTILE = {
-    "spaces in a header": lambda: scrapy_do.parse_head(b"GET / HTTP/1.1\r\nHost: x\r\nA: y" + SPACES + b"z"),
-    "spaces and a NUL in a header": lambda: scrapy_do.parse_head(b"GET / HTTP/1.1\r\nHost: x\r\nA:" + SPACES[:1500] + b"\0"),
+    "spaces in a header": lambda: scrapy_do.parse_head(b"GET / HTTP/1.1\r\nHost: localhost\r\nA: y" + SPACES + b"z"),
+    "spaces and a NUL in a header": lambda: scrapy_do.parse_head(b"GET / HTTP/1.1\r\nHost: localhost\r\nA:" + SPACES[:1500] + b"\0"),
     "name without an end": lambda: next(scrapy_do.urlencoded_fields(iter([b"a"] * 40_000))),
     "percents": lambda: plain(scrapy_do.urlencoded_fields(iter([b"a=", *[b"%"] * 60_000]))),
     "boundaries": lambda: plain(scrapy_do.multipart_fields(iter([b"--xYz\r\n", *[b"\r\n--xYz--"] * 9_000]), b"xYz")),
@@ -4023,7 +4027,7 @@ def test_events_are_log_lines_that_cannot_be_faked(outside):
 def test_the_file_stays_short_enough_to_be_read():
     """Growing is a decision: whoever raises the number has looked for the simpler shape."""
     source = MODULE.read_text()
-    assert len(source.splitlines()) <= 2665
+    assert len(source.splitlines()) <= 3111
     banners = re.findall(r"^# ---- ([0-9]+)\. ", source, re.MULTILINE)
     assert banners == [str(number) for number in range(1, 10)]
 
