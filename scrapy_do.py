@@ -5,7 +5,7 @@
 # ///
 """Keep Scrapy projects, run their spiders now or on a schedule, and answer a small JSON API.
 
-    curl ──> HTTP thread ──> Daemon.push / schedule / cancel / remove ──┐ a change: a function of a Draft
+    curl ──> main, http ───> Daemon.push / schedule / cancel / remove ──┐ a change: a function of a Draft
                                                                         v
     timer ──(a schedule is due)────────────────────────────────────> writer ──> state.json, fsync ──> publish
                                                                         ^                                │
@@ -13,8 +13,9 @@
         └── working copy, Popen, wait, exit code ──(started, ended)─────┘
 
 Threads
-    main       accepts connections, until SIGTERM or Ctrl-C writes a byte that it waits for, too.
-    http-*     answer the requests of one connection at a time; idle ones are used again, then go.
+    main       accepts connections, waits for their requests and answers the quick ones, until SIGTERM or Ctrl-C writes
+               a byte that it waits for, too.
+    http       answer requests that take time, one each; idle ones are used again, then go.
     timer      sleeps until the next due time or deadline, and hands its key on. Never waits for the disk.
     writer     runs the changes, all that have gathered at once, on a draft of the records; writes the draft to the
                disk; then publishes it. What a reader sees is on the disk, or will be as soon as the disk takes it.
@@ -23,7 +24,7 @@ Threads
 Locks
     Daemon._lock     guards the published records and all that is derived from them; held for memory work only.
     Timer._wake      guards the agenda; may be taken inside Daemon._lock, never the other way round.
-    Server._lock     guards the queue of connections and the counts of threads.
+    Server._lock     guards what the main thread and the http threads share.
 No thread unpacks, starts a process, syncs a file or reads from the network while it holds a lock.
 """
 from __future__ import annotations
@@ -3022,7 +3023,7 @@ def read_users(path: Path) -> dict[str, str]:
                 raise ScrapyDoError(f"others may read or write {path}, which has passwords: run 'chmod 600 {path}'")
             lines = file.read().split("\n")
     except (OSError, ValueError) as error:
-        raise ScrapyDoError(f"the users cannot be read: {error}; see --auth-file") from None
+        raise ScrapyDoError(f"the users cannot be read from {path}: {error}; see --auth-file") from None
     users: dict[str, str] = {}
     for number, line in enumerate(lines, 1):
         name, _, password = line.rstrip("\r").partition(":")

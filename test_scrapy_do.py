@@ -7,6 +7,7 @@ import copy
 import datetime
 import errno
 import functools
+import hashlib
 import http.client
 import http.server
 import io
@@ -21,6 +22,7 @@ import select
 import shutil
 import signal
 import socket
+import ssl
 import stat
 import struct
 import subprocess
@@ -39,7 +41,11 @@ import hypothesis
 import hypothesis.strategies as st
 import psutil
 import pytest
+import requests
 import schedule
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
 
 import scrapy_do
 from scrapy_do import LAST_INSTANT, UNIT_SECONDS, WEEKDAYS, Recurrence, SpecError, parse_spec
@@ -173,6 +179,7 @@ class Inside(Client):
     def limit(self, **rules):
         """Change the rules of the server."""
         self.server.rules = self.server.rules._replace(**rules)
+        self.server.guard = scrapy_do.Guard(self.server.rules)
 
     def close(self):
         """Stop it as main does."""
@@ -203,10 +210,9 @@ class Outside(Client):
 
         def address():
             assert self.process.poll() is None, self.log_path.read_text()
-            text = self.log_path.read_text()[began:]
-            return text.partition("listens on http://127.0.0.1:")[2].partition("\n")[0]
+            return re.search(r"listens on https?://\S+:([0-9]+)\n", self.log_path.read_text()[began:])
 
-        self.port = int(wait_for(address))
+        self.port = int(wait_for(address)[1])
 
     def stop(self, number=signal.SIGTERM, seconds=30):
         """Send a signal and return the exit status."""
@@ -3687,6 +3693,52 @@ def test_thread_that_cannot_be_started_costs_one_connection(site, monkeypatch, c
             assert line.answer()[0] == 200
 
 
+def test_slow_connections_give_way_to_a_new_one(outside):
+    site = outside("--max-connections", "200")
+    with contextlib.ExitStack() as stack:
+        lines = [stack.enter_context(Line(site)) for _ in range(450)]
+        for line, start in zip(lines, itertools.cycle([b"", b"GET", head_of()[:-2], b"\r"])):
+            line.send(start)
+        statuses = []
+
+        def is_answered():
+            statuses.append(curl(site, "/status.json", "--max-time", "5")[0])  # be it by 503, nobody waits
+            return statuses[-1] == 200
+
+        wait_for(is_answered, 10)
+        assert set(statuses) <= {200, 503}
+        for _ in range(5):
+            assert curl(site, "/status.json")[0] == 200
+        assert psutil.Process(site.process.pid).num_threads() < 20
+
+
+def test_a_connection_at_work_does_not_give_way(site, tmp_path, monkeypatch):
+    monkeypatch.setattr(scrapy_do, "GRACE_SECONDS", 0.0)
+    site.limit(max_connections=2)
+    with Line(site) as worker, Line(site) as idle:
+        worker.send(post_of("/cancel-job.json", QUERY)[:-1])
+        idle.send(head_of())
+        assert idle.answer()[0] == 200
+        wait_for(lambda: speak(site, head_of())[0] == 200)
+        assert idle.is_closed()
+        worker.send(QUERY[-1:])
+        check_refusal(worker.answer(), 404)
+
+
+def test_an_answer_that_is_not_taken_costs_nobody_else_time(site):
+    site.limit(request_timeout=0.5)
+    with Line(site) as line:
+        line.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        line.socket.setblocking(False)
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                line.socket.send(head_of() * 100)
+        line.socket.setblocking(True)
+        site.get("status")
+        wait_for(lambda: site.server._connection_count == 0)
+        site.get("status")
+
+
 SLOW = {
     "head": (b"GET /status.json HTTP/1.1\r\nX: ", b"a" * 10_000),
     "first line": (b"", b"a" * 10_000),
@@ -3783,6 +3835,374 @@ def test_crash_is_500_and_its_traceback_only_in_the_log(site, tmp_path, monkeypa
     printed = capsys.readouterr()
     assert (printed.err.count("Traceback"), printed.err.count("RuntimeError: a secret"), printed.out) == (1, 1, "")
     assert os.listdir(tmp_path / "data" / "work") == []
+
+
+# Who may ask
+
+
+USERS = {"ala": "kot:1", "żółw": "hasło", "o'hara \"x\"": "a\\b"}
+
+
+@pytest.fixture
+def guarded(site, monkeypatch):
+    """Return a running daemon with users, which answers a wrong password soon."""
+    monkeypatch.setattr(scrapy_do, "PENALTY_SECONDS", 0.05)
+    site.limit(users=USERS)
+    return site
+
+
+def curl(site, path, *options, scheme="http"):
+    """Return the status and the JSON that curl has got."""
+    command = ["curl", "-sS", "--max-time", "30", "-w", "%{http_code}", f"{scheme}://localhost:{site.port}{path}", *options]
+    printed = subprocess.run(command, capture_output=True, timeout=60, check=True).stdout
+    return int(printed[-3:]), json.loads(printed[:-3])
+
+
+def challenge_of(site, *lines):
+    """Return the fields of the first challenge, and how many there are, that a refused request is answered with."""
+    status, headers, _ = speak(site, head_of("/status.json", *lines))
+    assert status == 401
+    challenges = headers.get_all("WWW-Authenticate")
+    return dict(re.findall(r'(\w+)="?([^",]*)"?', challenges[0])), challenges
+
+
+def digest_line(made, user="ala", password="kot:1", target="/status.json", way="SHA-256", **changes):
+    """Return the Authorization header for a GET, RFC 7616, with some fields changed afterwards; None drops one."""
+
+    def h(*texts):
+        return hashlib.new({"MD5": "md5"}.get(way, "sha256"), ":".join(texts).encode()).hexdigest()
+
+    fields = {"username": user, "realm": "scrapy-do", "nonce": made, "uri": target, "algorithm": way, "qop": "auth"}
+    fields |= {"nc": "00000001", "cnonce": "abc"}
+    fields["response"] = h(h(user, "scrapy-do", password), made, "00000001", "abc", "auth", h("GET", target))
+    fields |= changes
+    return "Authorization: Digest " + ", ".join(f'{name}="{value}"' for name, value in fields.items() if value is not None)
+
+
+@pytest.mark.parametrize("user", USERS)
+@pytest.mark.parametrize("way", ["--digest", "--anyauth"])
+def test_curl_comes_in_with_a_password(guarded, way, user):
+    options = [way, "-u", f"{user}:{USERS[user]}"]
+    assert curl(guarded, "/list-projects.json?", *options)[0] == 200
+    assert curl(guarded, f"/list-jobs.json?id={NOBODY}&x=ż%20%ff", *options)[0] == 400
+    assert curl(guarded, "/cancel-job.json", *options, "-d", f"id={NOBODY}")[0] == 404
+    assert curl(guarded, "/list-projects.json", way, "-u", f"{user}:x")[0] == 401
+    assert curl(guarded, "/list-projects.json")[0] == 401
+
+
+def test_curl_pushes_with_a_password(guarded, tmp_path):
+    (tmp_path / "shop.zip").write_bytes(make_zip({"big.bin": random.Random(1).randbytes(3_000_000), "scrapy.cfg": CONFIG, **FILES}))
+    for way in ("--digest", "--anyauth"):
+        status, answer = curl(guarded, "/push-project.json", way, "-u", "ala:kot:1", "-F", f"archive=@{tmp_path}/shop.zip")
+        assert (status, answer.get("spiders")) == (200, ["quick"])
+
+
+def test_requests_comes_in_with_a_password(guarded):
+    session = requests.Session()
+    session.auth = requests.auth.HTTPDigestAuth("ala", "kot:1")
+    for _ in range(2):
+        assert session.get(f"http://localhost:{guarded.port}/list-projects.json").json()["projects"] == []
+        answer = session.post(f"http://localhost:{guarded.port}/push-project.json", data={"archive": stub_project()})
+        assert answer.json()["spiders"] == ["quick"]
+        session.post(f"http://localhost:{guarded.port}/remove-project.json", data={"name": "shop"})
+    assert requests.get(f"http://localhost:{guarded.port}/status.json", auth=("ala", "kot:1")).status_code == 401
+    session.close()
+
+
+@pytest.mark.parametrize("path", [*GET_ROUTES, *POST_ROUTES, "/nothing", f"/get-log/data/{NOBODY}.err"])
+def test_nothing_is_answered_without_a_password(guarded, path):
+    method = "POST" if path in POST_ROUTES else "GET"
+    with Line(guarded) as line:
+        line.send(head_of(path, "Content-Length: 3000000", "Expect: 100-continue", method=method))
+        status, headers, body = line.answer()  # the body is not waited for, nor asked for
+    assert (status, json.loads(body)["status"], headers["Connection"]) == (401, "error", "close")
+    assert "--anyauth -u" in json.loads(body)["msg"]
+
+
+@pytest.mark.parametrize("algorithm", ["SHA-256", "MD5"])
+def test_digest_with_the_right_proof_comes_in_until_the_nonce_expires(guarded, monkeypatch, algorithm):
+    fields, challenges = challenge_of(guarded)
+    assert [("SHA-256" in way, "MD5" in way) for way in challenges] == [(True, False), (False, True)]
+    line = digest_line(fields["nonce"], way=algorithm)
+    with Line(guarded) as connection:
+        for _ in range(2):  # a nonce may be used again
+            connection.send(head_of("/status.json", line))
+            assert connection.answer()[0] == 200
+        monkeypatch.setattr(scrapy_do, "NONCE_SECONDS", -1)
+        connection.send(head_of("/status.json", line))
+        status, headers, _ = connection.answer()
+    assert (status, ["stale=true" in way for way in headers.get_all("WWW-Authenticate")]) == (401, [True, True])
+
+
+WRONG_DIGESTS = {
+    "password": {"password": "x"}, "user": {"user": "ola"}, "user of another case": {"user": "Ala"}, "no user": {"username": None},
+    "target": {"target": "/list-projects.json"}, "uri": {"uri": "/status.json?"}, "no uri": {"uri": None},
+    "qop": {"qop": "auth-int"}, "no qop": {"qop": None}, "nc": {"nc": "2"}, "no nc": {"nc": None}, "cnonce": {"cnonce": "x"},
+    "response": {"response": "0" * 64}, "no response": {"response": None}, "response that is not ASCII": {"response": "ż"},
+    "algorithm": {"algorithm": "MD5"}, "no algorithm": {"algorithm": None}, "unknown algorithm": {"way": "SHA-512-256"},
+    "session algorithm": {"way": "MD5-sess"}, "nonce": {"nonce": "1-x"}, "no nonce": {"nonce": None},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("changes", WRONG_DIGESTS.values(), ids=WRONG_DIGESTS)
+def test_wrong_digest_is_refused_and_logged(guarded, capsys, changes):
+    _, challenges = challenge_of(guarded, digest_line(challenge_of(guarded)[0]["nonce"], **changes))
+    assert not [way for way in challenges if "stale" in way]
+    lines = [line for line in capsys.readouterr().err.splitlines() if "refused" in line]
+    assert [line[20:] for line in lines] == ["GET /status.json from 127.0.0.1 was refused with 401: the user or the password is wrong"]
+
+
+@pytest.mark.parametrize("nonce", ["", "0-", "ffffffffff-x", "1" * 9999, "-", "zz-zz", "1-" + "0" * 64])
+def test_a_nonce_that_the_daemon_has_not_made_is_stale(guarded, nonce):
+    assert "stale=true" in challenge_of(guarded, digest_line(nonce))[1][0]
+    assert "stale=true" in challenge_of(guarded, digest_line(scrapy_do.Guard(scrapy_do.Rules())._nonce(1)))[1][0]
+
+
+@pytest.mark.parametrize(
+    "value",
+    ["Digest", "Digest ,,,,", 'Digest username="', "Basic", "Basic !", "Bearer x", "x", 'Digest a="' * 3000, "Digest " + "a" * 60_000],
+    ids=lambda value: value[:12],
+)
+def test_nonsense_as_credentials_is_401(guarded, value):
+    before = time.process_time()
+    assert len(challenge_of(guarded, f"Authorization: {value}")[1]) == 2
+    assert time.process_time() - before < 2
+
+
+def test_a_wrong_password_is_answered_late_and_holds_nobody_else_up(site, monkeypatch):
+    monkeypatch.setattr(scrapy_do, "PENALTY_SECONDS", 1.5)
+    site.limit(users=USERS)
+    nonce = challenge_of(site)[0]["nonce"]
+    for user, password in (("ala", "x"), ("ola", "kot:1")):
+        with Line(site) as guesser:
+            began = time.monotonic()
+            guesser.send(head_of("/status.json", digest_line(nonce, user, password)))
+            assert speak(site, head_of("/status.json", digest_line(nonce)))[0] == 200
+            assert not select.select([guesser.socket], [], [], 0)[0]
+            status, _, body = guesser.answer()
+            assert (status, json.loads(body)["msg"]) == (401, "the user or the password is wrong")
+            assert time.monotonic() - began >= 1.5
+
+
+AUTH_FILES = {
+    "group may read": ("ala:kot", 0o640, "chmod 600"),
+    "others may write": ("ala:kot", 0o602, "chmod 600"),
+    "no colon": ("ala:kot\nola sekret\n", 0o600, "line 2 of"),
+    "no user": (":sekret", 0o600, "line 1 of"),
+    "no password": ("ala:", 0o600, "line 1 of"),
+    "user twice": ("ala:kot\n\nala:sekret", 0o600, "line 3 of"),
+    "empty": ("\n\r\n \n", 0o600, "has no users"),
+    "not UTF-8": (b"ala:\xff", 0o600, "utf-8"),
+    "missing": (None, 0, "No such file"),
+    "folder": (None, 0o700, "Is a directory"),
+}
+
+
+@pytest.mark.parametrize(("content", "mode", "sentence"), AUTH_FILES.values(), ids=AUTH_FILES)
+def test_a_bad_file_of_users_stops_the_start(tmp_path, content, mode, sentence):
+    path = tmp_path / "users"
+    if content is not None:
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+        path.chmod(mode)
+    elif mode:
+        path.mkdir()
+    status, said = run_main("--port", "0", "--auth-file", str(path), "--data-dir", str(tmp_path / "data"))
+    assert (status, said.count("\n")) == (1, 1)
+    assert sentence in said
+    assert str(path) in said
+    assert "sekret" not in said
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", ""])
+def test_other_machines_are_let_in_by_password_or_by_decision(outside, tmp_path, host):
+    status, said = run_main("--port", "0", "--host", host, "--data-dir", str(tmp_path / "data"))
+    assert (status, said.count("\n")) == (1, 1)
+    assert "--auth-file" in said
+    assert "--no-auth" in said
+    site = outside("--host", host, "--no-auth")
+    assert site.get("status")
+    site.stop()
+    (tmp_path / "users").write_text("ala:kot\r\n\r\nola:\u00a0a : b \n")
+    (tmp_path / "users").chmod(0o600)
+    site = outside("--host", host, "--auth-file", str(tmp_path / "users"))
+    assert curl(site, "/status.json", "--digest", "-u", "ala:kot")[0] == 200
+    assert curl(site, "/status.json", "--digest", "-u", "ola:\u00a0a : b ")[0] == 200
+    assert curl(site, "/status.json")[0] == 401
+
+
+# TLS
+
+
+def make_certificate(folder, name="localhost", password=None):
+    """Write cert.pem and key.pem, signed by itself."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    now, names = datetime.datetime.now(datetime.timezone.utc), x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, name)])
+    certificate = (
+        x509.CertificateBuilder(names, names, key.public_key(), x509.random_serial_number())
+        .not_valid_before(now - datetime.timedelta(1))
+        .not_valid_after(now + datetime.timedelta(1))
+        .add_extension(x509.SubjectAlternativeName([x509.DNSName("localhost"), x509.DNSName(name)]), critical=False)
+        .sign(key, hashes.SHA256())
+    )
+    lock = serialization.BestAvailableEncryption(password.encode()) if password else serialization.NoEncryption()
+    pem = serialization.Encoding.PEM
+    (folder / "key.pem").write_bytes(key.private_bytes(pem, serialization.PrivateFormat.PKCS8, lock))
+    (folder / "cert.pem").write_bytes(certificate.public_bytes(pem))
+
+
+@pytest.fixture
+def encrypted(site, tmp_path):
+    """Return a running daemon that speaks TLS."""
+    make_certificate(tmp_path)
+    site.limit(tls=scrapy_do.Tls(tmp_path / "cert.pem", tmp_path / "key.pem", None))
+    site.cacert = ("--cacert", str(tmp_path / "cert.pem"))
+    return site
+
+
+def test_curl_speaks_tls(encrypted, tmp_path):
+    archive = tmp_path / "shop.zip"
+    archive.write_bytes(make_zip({"big.bin": random.Random(1).randbytes(3_000_000), "scrapy.cfg": CONFIG, **FILES}))
+    assert curl(encrypted, "/push-project.json", *encrypted.cacert, "-F", f"archive=@{archive}", scheme="https")[0] == 200
+    status, answer = curl(encrypted, "/schedule-job.json", *encrypted.cacert, "-d", PLAN_URLENCODED.decode(), scheme="https")
+    assert status == 200
+    log = encrypted.store.log_file(answer["identifier"], "err")
+    log.write_bytes(json.dumps({"log": "x" * 5_000_000}).encode())
+    assert len(curl(encrypted, f"/get-log/data/{log.name}", *encrypted.cacert, scheme="https")[1]["log"]) == 5_000_000
+
+
+def test_many_requests_come_over_one_tls_connection(encrypted, tmp_path):
+    context = ssl.create_default_context(cafile=tmp_path / "cert.pem")
+    line = socket.create_connection(("localhost", encrypted.port), 30)
+    with context.wrap_socket(line, server_hostname="localhost") as line, line.makefile("rb") as file:
+        for requests_ in [head_of(), head_of("/list-jobs.json?status=ACTIVE"), head_of("/nothing")] * 5 + [head_of() * 100]:
+            line.sendall(requests_)
+            for _ in range(requests_.count(b"GET")):
+                assert file.readline() in (b"HTTP/1.1 200 OK\r\n", b"HTTP/1.1 404 Not Found\r\n")
+                assert file.read(int(http.client.parse_headers(file)["Content-Length"])).endswith(b"}\n")
+
+
+def test_basic_is_taken_over_tls_only(guarded, tmp_path):
+    assert curl(guarded, "/status.json", "--basic", "-u", "ala:kot:1")[0] == 401
+    make_certificate(tmp_path)
+    tls = scrapy_do.Tls(tmp_path / "cert.pem", tmp_path / "key.pem", None)
+    guarded.limit(tls=tls)
+    cacert = ("--cacert", str(tmp_path / "cert.pem"))
+    for way in ("--basic", "--digest", "--anyauth"):
+        for user, password in (*USERS.items(), ("ala", "x"), ("ola", "kot:1"), ("ala", "")):
+            status, _ = curl(guarded, "/list-projects.json", way, "-u", f"{user}:{password}", *cacert, scheme="https")
+            assert status == (200 if USERS.get(user) == password else 401)
+
+
+def test_tls_options_serve_https_with_an_encrypted_key(outside, tmp_path):
+    make_certificate(tmp_path, password="zażółć")
+    (tmp_path / "password").write_text("zażółć\n")
+    files = ["--tls-cert", str(tmp_path / "cert.pem"), "--tls-key", str(tmp_path / "key.pem")]
+    site = outside(*files, "--tls-password-file", str(tmp_path / "password"))
+    assert curl(site, "/status.json", "--cacert", str(tmp_path / "cert.pem"), scheme="https")[0] == 200
+    assert "listens on https://" in site.log_path.read_text()
+    site.stop()
+    for wrong in ([], ["--tls-password-file", str(tmp_path / "cert.pem")], ["--tls-password-file", "nowhere"]):
+        status, said = run_main("--port", "0", *files, *wrong, "--data-dir", str(tmp_path / "data"), stdin=subprocess.DEVNULL)
+        assert (status, said.count("\n")) == (1, 1)
+        assert "the certificate cannot be used" in said
+        assert str(tmp_path / "key.pem") in said
+
+
+def test_a_renewed_certificate_is_used_without_a_restart(encrypted, tmp_path, capsys):
+    old = (tmp_path / "old.pem").write_bytes((tmp_path / "cert.pem").read_bytes()) and ("--cacert", str(tmp_path / "old.pem"))
+    (tmp_path / "cert.pem").write_text("half a certificate")
+    assert curl(encrypted, "/status.json", *old, scheme="https")[0] == 200
+    make_certificate(tmp_path, "renewed.example")
+    assert curl(encrypted, "/status.json", *encrypted.cacert, scheme="https")[0] == 200
+    with pytest.raises(subprocess.CalledProcessError):
+        curl(encrypted, "/status.json", *old, scheme="https")
+    said = capsys.readouterr().err
+    assert (said.count("the former one stays in use"), said.count("the renewed certificate is in use")) == (1, 1)
+
+
+def test_no_handshake_holds_others_up(encrypted, capsys):
+    hello = ssl.MemoryBIO()
+    client = ssl.create_default_context().wrap_bio(ssl.MemoryBIO(), hello, server_hostname="localhost")
+    with pytest.raises(ssl.SSLWantReadError):
+        client.do_handshake()
+    hello = hello.read()
+    starts = [b"", hello[:1], hello[: len(hello) // 2], hello]
+    with contextlib.ExitStack() as stack:
+        lines = [stack.enter_context(Line(encrypted)) for _ in range(40)]
+        for line, start in zip(lines, itertools.cycle(starts)):
+            line.send(start)
+        assert curl(encrypted, "/status.json", *encrypted.cacert, scheme="https")[0] == 200
+    for wrong in (head_of(), b"\x16\x03\x01\xff\xff" + b"x" * 70_000, b"\0" * 100_000, hello + b"x" * 100):
+        with Line(encrypted) as line:
+            line.send(wrong)
+            with contextlib.suppress(ConnectionError):
+                assert b"HTTP" not in line.file.read()
+    assert curl(encrypted, "/status.json", *encrypted.cacert, scheme="https")[0] == 200
+    assert "Traceback" not in capsys.readouterr().err
+
+
+# Browsers
+
+ORIGINS = {
+    "another site": (["Origin: http://evil.example"], 403),
+    "null": (["Origin: null"], 403),
+    "another port": (["Origin: http://localhost:1"], 403),
+    "no port": (["Origin: http://localhost"], 403),
+    "another machine with our name in it": (["Origin: http://localhost:{port}.evil.example"], 403),
+    "empty": (["Origin:"], 403),
+    "extension": (["Origin: chrome-extension://abc"], 403),
+    "cross-site": (["Sec-Fetch-Site: cross-site"], 403),
+    "cross-site with our origin": (["Sec-Fetch-Site: cross-site", "Origin: http://localhost:{port}"], 403),
+    "own page": (["Origin: http://localhost:{port}"], 404),
+    "own page, capitals": (["Origin: HTTP://LOCALHOST:{port}"], 404),
+    "own page behind TLS": (["Origin: https://localhost:{port}", "Sec-Fetch-Site: same-origin"], 404),
+    "page of a name that was allowed": (["Origin: https://crawls.example"], 404),
+    "curl": ([], 404),
+}
+
+
+@pytest.mark.parametrize("kind", [URLENCODED, MULTIPART, JSON, "text/plain"])
+@pytest.mark.parametrize(("lines", "status"), ORIGINS.values(), ids=ORIGINS)
+def test_a_page_of_another_site_changes_nothing(site, lines, status, kind):
+    site.limit(allow_host=("Crawls.example",))
+    body = {MULTIPART: part_of("id", NOBODY.encode()) + b"\r\n" + CLOSING, JSON: json.dumps({"id": NOBODY}).encode()}.get(kind, QUERY)
+    lines = [f"Host: localhost:{site.port}", *(line.format(port=site.port) for line in lines)]
+    head = "\r\n".join(["POST /cancel-job.json HTTP/1.1", *lines, f"Content-Type: {kind}", f"Content-Length: {len(body)}", "", ""])
+    answer = speak(site, head.encode() + body)
+    check_refusal(answer, 415 if status == 404 and kind == "text/plain" else status)
+    assert "Access-Control-Allow-Origin" not in answer[1]
+    if kind == URLENCODED:  # what only reads may be linked to from anywhere
+        assert speak(site, ("GET /status.json HTTP/1.1\r\n" + "\r\n".join([*lines, "", ""])).encode())[0] == 200
+
+
+HOSTS = {
+    "localhost": 200, "localhost:7654": 200, "LocalHost.": 200, "127.0.0.1": 200, "127.0.0.1:80": 200, "192.0.2.7": 200,
+    "[::1]:7654": 200, "[2001:db8::1]": 200, socket.gethostname(): 200, f"{socket.gethostname().upper()}:1": 200,
+    "crawls.example": 200, "Crawls.Example:443": 200, "": 200,
+    "evil.example": 403, "localhost.evil.example": 403, "127.0.0.1.evil.example": 403, "evil.example:7654": 403, "1.2.3": 403,
+    "localhost:7654@evil.example": 403, "x.crawls.example": 403, "[evil.example]": 403, "a b": 403, "żółw": 403, "localhost/": 403,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("host", HOSTS)
+@pytest.mark.parametrize("method", ["GET", "POST"])
+def test_a_foreign_name_is_refused(site, host, method):
+    """A page can have its own name resolve to 127.0.0.1 after it was loaded; the browser then takes us for its site."""
+    site.limit(allow_host=("Crawls.example",))
+    path = "/status.json" if method == "GET" else "/cancel-job.json"
+    status, _, _ = speak(site, f"{method} {path} HTTP/1.1\r\nHost: {host}\r\n\r\n".encode())
+    assert status == (400 if (HOSTS[host], method) == (200, "POST") else HOSTS[host])
+
+
+def test_host_of_an_absolute_address_counts(site):
+    check_refusal(speak(site, head_of("http://evil.example/status.json")), 403)
+    check_refusal(speak(site, head_of("http://user@localhost/status.json")), 403)
+
+
+def test_names_are_allowed_by_an_option(outside):
+    site = outside("--allow-host", "a.example", "--allow-host", "B.example")
+    for name, status in (("a.example", 200), ("b.EXAMPLE", 200), ("c.example", 403)):
+        assert speak(site, f"GET /status.json HTTP/1.1\r\nHost: {name}\r\n\r\n".encode())[0] == status
 
 
 # Logs
@@ -4027,7 +4447,7 @@ def test_events_are_log_lines_that_cannot_be_faked(outside):
 def test_the_file_stays_short_enough_to_be_read():
     """Growing is a decision: whoever raises the number has looked for the simpler shape."""
     source = MODULE.read_text()
-    assert len(source.splitlines()) <= 3111
+    assert len(source.splitlines()) <= 3112
     banners = re.findall(r"^# ---- ([0-9]+)\. ", source, re.MULTILINE)
     assert banners == [str(number) for number in range(1, 10)]
 
