@@ -1262,7 +1262,6 @@ class Daemon:
         self._store, self._settings, self._start_crawl = store, settings, start_crawl
         self._clock = clock or Clock()
         self._timer = Timer(self._on_due, self._on_deadline, self._on_clock_set_back, self._clock)
-        self._process = psutil.Process()
         self._began = self._clock.monotonic()
         self._writer = threading.Thread(target=self._write_changes, name="writer", daemon=True)
         numbers = range(1, settings.job_slots + 1)
@@ -1672,7 +1671,7 @@ class Daemon:
             (cpu, moment), self._cpu_mark = self._cpu_mark, (time.process_time(), self._clock.monotonic())
             cpu_share = (self._cpu_mark[0] - cpu) / max(1e-6, self._cpu_mark[1] - moment)
         return {
-            "memory-usage": self._process.memory_info().rss / MIB,
+            "memory-usage": memory_usage(int(10 * self._clock.monotonic())),
             "cpu-usage": round(100 * cpu_share, 1),
             "time": local_time(self._clock.time()),
             "timezone": "; ".join(time.tzname),
@@ -1860,6 +1859,12 @@ class Daemon:
         else:
             draft.move(job, Status.FAILED if outcome["reason"] else Status.SUCCESSFUL, event, **outcome)
         self._purge(draft)
+
+
+@functools.lru_cache(maxsize=1)
+def memory_usage(tenth: int) -> float:
+    """Return the resident memory in MiB at a tenth of a second; psutil takes a quarter of the time of a status."""
+    return float(psutil.Process().memory_info().rss / MIB)
 
 
 def name_jobs(jobs: list[Job]) -> str:
@@ -2576,9 +2581,9 @@ class Handler:
 
     def find_request(self) -> None:
         """Find the next request, or why it must be refused, if its head has arrived."""
+        self.body = None
         try:
             if (head := self.wire.take_head()) is not None:
-                self.body = None
                 self.request = parse_head(head)
                 self.is_last = not self.request.keeps_alive
                 self.body = Body(self.wire, self.request.headers, self.server.rules.max_upload * MIB)
@@ -2639,12 +2644,12 @@ class Handler:
         return self.body is not None and self.body.is_read
 
     def _answer(self, request: Request) -> None:
-        if match := LOG_PATH.fullmatch(request.path):
-            self._check_method(request, "GET")
-            self._send_log(self.server.daemon.log_file(match[1], match[2]))
-        elif route := ROUTES.get(request.path):
+        if route := ROUTES.get(request.path):
             self._check_method(request, route.method)
             self._send_json(200, {"status": "ok", **self._call(route, request)})
+        elif match := LOG_PATH.fullmatch(request.path):
+            self._check_method(request, "GET")
+            self._send_log(self.server.daemon.log_file(match[1], match[2]))
         else:
             paths = ", ".join([*ROUTES, "/get-log/data/ID.out", "/get-log/data/ID.err"])
             raise NotFound(f"there is no {request.path:.100}; the paths that exist are {paths}")
