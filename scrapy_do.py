@@ -78,6 +78,7 @@ IDLE_SECONDS = 10.0  # after which a thread without a connection ends
 DRAIN_SECONDS = 2.0  # for the last answers when the daemon stops
 LINGER_SECONDS = 2.0  # how long the rest of a refused body is read, so that the client sees the answer
 GRACE_SECONDS = 1.0  # how long a connection may wait with its request before it gives way to a new one
+ACCEPT_SECONDS = 0.05  # until a connection is accepted for which there was no file descriptor
 PENALTY_SECONDS = 1.0  # before a wrong password is answered
 NONCE_SECONDS = 300
 BACKLOG_COUNT = 1024  # connections that the kernel keeps until they are accepted
@@ -1925,6 +1926,7 @@ REASONS = {
     500: "Internal Server Error", 501: "Not Implemented", 503: "Service Unavailable",
     505: "HTTP Version Not Supported", 507: "Insufficient Storage",
 }  # fmt: skip
+TOO_SLOW = "the request took too long to arrive"
 Field = tuple[str, Iterator[bytes]]  # a parameter's name and the pieces of its value
 
 
@@ -1993,34 +1995,21 @@ class Wire(Pieces):
         self._deadline = time.monotonic() + seconds
 
     def more(self) -> bool:
-        """Take in what arrives until the deadline; False when the client has said all."""
-        piece = self._receive()
-        self.buffer += piece
-        return piece != b""
-
-    def _receive(self) -> bytes:
-        seconds = (self._deadline or 0.0) - time.monotonic()
-        if seconds <= 0:
-            raise HttpError(408, "the request took too long to arrive")
-        self.socket.settimeout(seconds)
-        try:
-            return self.socket.recv(CHUNK_BYTES)
-        except TimeoutError:
-            raise HttpError(408, "the request took too long to arrive") from None
-        except OSError:
-            raise Gone from None
-
-    def take_in(self) -> None:
-        """Take in what has arrived. Raise Gone when the client has said all."""
+        """Take in what has arrived, in a thread what arrives until the deadline; False when the client has said all."""
+        if self._deadline is not None:
+            if (seconds := self._deadline - time.monotonic()) <= 0:
+                raise HttpError(408, TOO_SLOW)
+            self.socket.settimeout(seconds)
         try:
             piece = self.socket.recv(CHUNK_BYTES)
+        except TimeoutError:
+            raise HttpError(408, TOO_SLOW) from None
         except OSError as error:
-            if is_not_ready(error):
-                return
+            if self._deadline is None and is_not_ready(error):
+                return True
             raise Gone from None
-        if not piece:
-            raise Gone
         self.buffer += piece
+        return piece != b""
 
     def take_head(self) -> bytes | None:
         """Return the head of the next request, without the empty line; None when it has not arrived wholly."""
@@ -2048,18 +2037,12 @@ class Wire(Pieces):
                 self.unsent = data
                 self.unsent = data[self.socket.send(data) :]
             else:
+                self.unsent = b""
                 self.socket.settimeout(self.seconds)
                 self.socket.sendall(data)
         except OSError as error:
             if self._deadline is not None or not is_not_ready(error):
                 raise Gone from None
-
-    def send_rest(self) -> None:
-        """Send in a thread what the accept loop could not."""
-        self.expect(self.seconds)
-        rest, self.unsent = self.unsent, b""
-        if rest:
-            self.send(rest)
 
     def close(self) -> None:
         """End the connection; TLS wants that said, RFC 8446 section 6.1."""
@@ -2072,8 +2055,8 @@ class Wire(Pieces):
         with contextlib.suppress(OSError, HttpError, Gone):
             self.socket.shutdown(socket.SHUT_WR)
             self.expect(LINGER_SECONDS)
-            while self._receive():
-                pass
+            while self.more():
+                self.buffer.clear()
 
 
 def is_not_ready(error: OSError) -> bool:
@@ -2609,7 +2592,8 @@ class Handler:
 
     def work(self) -> None:
         """Do in a thread what the accept loop must not wait for, up to where the next request is not there yet."""
-        self.wire.send_rest()
+        self.wire.expect(self.wire.seconds)
+        self.wire.send(self.wire.unsent)
         while self.has_work():
             self.wire.expect(self.wire.seconds)
             self.answer()
@@ -2793,7 +2777,7 @@ class Server:
     def _end_wait(self, handler: Handler) -> None:
         """Refuse a request that has not arrived in time; who has not begun one is let go without a word."""
         if handler.wire.buffer:
-            handler.refusal = HttpError(408, "the request took too long to arrive")
+            handler.refusal = HttpError(408, TOO_SLOW)
             self._go_on(handler)
         else:
             self._close(handler)
@@ -2801,8 +2785,9 @@ class Server:
     def _accept(self) -> None:
         try:
             connection, address = self.socket.accept()
-        except OSError as error:  # a client that went at once, or no file descriptors: wait for some
-            time.sleep(0.05 if error.errno in (errno.EMFILE, errno.ENFILE) else 0)
+        except OSError as error:
+            if not isinstance(error, (BlockingIOError, ConnectionError)):  # of a client that went at once
+                time.sleep(ACCEPT_SECONDS)
             return
         connection.setblocking(False)
         if not self._has_room():
@@ -2835,7 +2820,8 @@ class Server:
         if handler.wire.socket.fileno() < 0:  # it has given way to another since it was found readable
             return
         with handler.contained():
-            handler.wire.take_in()
+            if not handler.wire.more():
+                raise Gone
             handler.find_request()
         self._go_on(handler)
 
