@@ -3963,7 +3963,14 @@ def test_wrong_digest_is_refused_and_logged(guarded, capsys, changes):
 @pytest.mark.parametrize("nonce", ["", "0-", "ffffffffff-x", "1" * 9999, "-", "zz-zz", "1-" + "0" * 64])
 def test_a_nonce_that_the_daemon_has_not_made_is_stale(guarded, nonce):
     assert "stale=true" in challenge_of(guarded, digest_line(nonce))[1][0]
-    assert "stale=true" in challenge_of(guarded, digest_line(scrapy_do.Guard(scrapy_do.Rules())._nonce(1)))[1][0]
+
+
+def test_a_nonce_of_another_daemon_is_stale(guarded):
+    made = challenge_of(guarded)[0]["nonce"]
+    assert speak(guarded, head_of("/status.json", digest_line(made)))[0] == 200
+    guarded.limit()  # as a restart does, this draws another secret
+    for nonce in (made, f"{int(time.monotonic()):x}-{'0' * 64}"):
+        assert "stale=true" in challenge_of(guarded, digest_line(nonce))[1][0]
 
 
 @pytest.mark.parametrize(
@@ -4603,3 +4610,133 @@ def test_a_real_schedule_makes_real_crawls_across_a_crash(real, website):
     wait_for(lambda: len(real.jobs("SUCCESSFUL")) > done)
     assert real.job(schedule)["status"] == "SCHEDULED"
     assert real.jobs("FAILED") == []
+
+
+# ---- 11. Benchmarks --------------------------------------------------------------------------------------------------
+
+# They print figures and are run by hand: python -m pytest -m benchmark -s
+
+
+def hammer(site, request, clients, seconds, keeps_alive=True):
+    """Send a request again and again from several connections and return how many seconds each answer took."""
+    end = time.monotonic() + seconds
+
+    def send_on_and_on():
+        taken = []
+        while time.monotonic() < end:
+            with Line(site) as line:
+                while time.monotonic() < end:
+                    began = time.monotonic()
+                    line.socket.sendall(request)
+                    assert line.answer()[0] == 200
+                    taken.append(time.monotonic() - began)
+                    if not keeps_alive:
+                        break
+        return taken
+
+    with concurrent.futures.ThreadPoolExecutor(clients) as pool:
+        return [x for future in [pool.submit(send_on_and_on) for _ in range(clients)] for x in future.result()]
+
+
+def centile(values, percent):
+    """Return the value below which so many percent lie, in milliseconds."""
+    return 1000 * sorted(values)[min(len(values) - 1, int(len(values) * percent / 100))]
+
+
+def say(name, value, unit):
+    """Print a figure."""
+    print(f"{name:<72} {value:>10,.3g} {unit}")
+
+
+@pytest.mark.benchmark
+def test_figures_of_start_and_memory(outside):
+    starts = []
+    for _ in range(11):
+        began = time.monotonic()
+        site = outside()
+        site.get("status")
+        starts.append(time.monotonic() - began)
+        for _ in range(200):
+            site.get("status")
+        memory = psutil.Process(site.process.pid).memory_info().rss
+        site.stop()
+    say("start to the first answer, median", centile(starts, 50), "ms")
+    say("resident memory after 200 requests", memory / scrapy_do.MIB, "MiB")
+
+
+@pytest.mark.benchmark
+def test_figures_of_answers(outside):
+    site = outside()
+    site.push()
+    for _ in range(50):
+        site.schedule(when="every 3 hours")
+    for path in ("/status.json", "/list-jobs.json?status=ACTIVE"):
+        for keeps_alive in (True, False):
+            lines = [] if keeps_alive else ["Connection: close"]
+            taken = hammer(site, head_of(path, *lines), 8, 3, keeps_alive)
+            say(f"GET {path}, 8 clients, {'one connection each' if keeps_alive else 'a new connection each'}", len(taken) / 3, "/s")
+    taken = hammer(site, post_of("/schedule-job.json", PLAN_URLENCODED), 8, 3)
+    say("POST /schedule-job.json, on the disk, 8 clients", len(taken) / 3, "/s")
+
+
+@pytest.mark.benchmark
+def test_figures_of_crawls(outside, tmp_path):
+    site = outside("--completed-cap", "1000")
+    site.push(stamp=f"date +%s.%N > {tmp_path}/began")
+    delays = []
+    for _ in range(50):
+        asked = time.time()
+        site.wait_job(site.schedule("stamp"))
+        delays.append(float((tmp_path / "began").read_text()) - asked)
+    say("schedule-job to the first instruction of a crawl, median", centile(delays, 50), "ms")
+    began = time.monotonic()
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda _: site.schedule(), range(300)))
+    wait_for(lambda: len(site.jobs("SUCCESSFUL")) == 350)
+    say("crawls of /bin/sh through 3 slots", 300 / (time.monotonic() - began), "/s")
+
+
+@pytest.mark.benchmark
+def test_figures_of_fairness(outside, tmp_path):
+    site = outside("--completed-cap", "1000")
+    site.push()
+    ticking = site.schedule(when="every second")
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        changes = pool.submit(hammer, site, post_of("/schedule-job.json", PLAN_URLENCODED), 64, 10)
+        answers = pool.submit(hammer, site, head_of(), 1, 10).result()
+        say("schedule-job from 64 clients", len(changes.result()) / 10, "/s")
+    say("meanwhile: GET /status.json, 99th percentile", centile(answers, 99), "ms")
+    jobs = json.loads((tmp_path / "data" / "state.json").read_text())["jobs"]
+    due = jobs[ticking]["due"]
+    late = [(job["origin"] - due) % 1 for job in jobs.values() if job["actor"] == "SCHEDULER"]
+    assert len(late) >= 10
+    say("meanwhile: runs of 'every second' later than due, at most", centile(late, 100), "ms")
+
+
+@pytest.mark.benchmark
+def test_figures_of_growth(outside, tmp_path):
+    site = outside()
+    site.push(stamp=f"date +%s.%N > {tmp_path}/began")
+    for count in (100, 1_000, 10_000):
+        missing = range(count - site.get("status")["jobs-scheduled"])
+        with concurrent.futures.ThreadPoolExecutor(64) as pool:
+            list(pool.map(lambda _: site.schedule(when="every 1000 weeks"), missing))
+        changes = hammer(site, post_of("/schedule-job.json", PLAN_URLENCODED), 1, 2)
+        say(f"{count} schedules: schedule-job on the disk, median", centile(changes, 50), "ms")
+        delays = []
+        for _ in range(20):
+            asked = time.time()
+            site.wait_job(site.schedule("stamp"))
+            delays.append(float((tmp_path / "began").read_text()) - asked)
+        say(f"{count} schedules: schedule-job to the first instruction, median", centile(delays, 50), "ms")
+        lists = hammer(site, head_of("/list-jobs.json?status=ACTIVE"), 1, 2)
+        say(f"{count} schedules: list-jobs of all, median", centile(lists, 50), "ms")
+        with concurrent.futures.ThreadPoolExecutor(2) as pool:
+            pool.submit(hammer, site, head_of("/list-jobs.json?status=ACTIVE"), 1, 3)
+            answers = pool.submit(hammer, site, head_of(), 1, 3).result()
+        say(f"{count} schedules: status.json while all are listed, slowest", centile(answers, 100), "ms")
+    began = time.monotonic()
+    site.stop()
+    site.start()
+    site.get("status")
+    say("10000 schedules: stop, and start to the first answer", 1000 * (time.monotonic() - began), "ms")
