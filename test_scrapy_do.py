@@ -3739,6 +3739,43 @@ def test_an_answer_that_is_not_taken_costs_nobody_else_time(site):
         site.get("status")
 
 
+@pytest.mark.parametrize("count", [1, 10_000])
+def test_answers_that_are_taken_late_arrive_whole(site, monkeypatch, count):
+    site.server.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)  # connections have it from there
+    names = [f"project{number}" for number in range(count)]
+    monkeypatch.setattr(site.daemon, "projects", lambda: names)
+    with Line(site) as line:
+        for _ in range(100):
+            line.send(head_of("/list-projects.json"))
+            site.get("status")  # the other is answered by now, as far as there is room
+        for _ in range(100):
+            assert json.loads(line.answer()[2])["projects"] == names
+        line.send(head_of())
+        assert line.answer()[0] == 200
+
+
+def test_connections_that_give_way_are_counted_once(site, monkeypatch):
+    """One of them is found readable and has to give way in the same moment."""
+    monkeypatch.setattr(scrapy_do, "GRACE_SECONDS", 0.0)
+    site.limit(max_connections=2)
+    is_asked, go_on = threading.Event(), threading.Event()
+    monkeypatch.setattr(site.daemon, "projects", lambda: is_asked.set() or (go_on.wait(10) and []))
+    with contextlib.ExitStack() as stack:
+        idle, asking = (stack.enter_context(Line(site)) for _ in range(2))
+        idle.send(head_of())
+        assert idle.answer()[0] == 200
+        asking.send(head_of("/list-projects.json"))
+        assert is_asked.wait(10)  # the accept loop is held up here
+        new = stack.enter_context(Line(site))
+        idle.send(head_of())
+        new.send(post_of("/cancel-job.json", QUERY)[:-1])
+        go_on.set()
+        assert asking.answer()[0] == 200
+        asking.send(post_of("/cancel-job.json", QUERY)[:-1])
+        wait_for(lambda: site.server._work_count == 2)
+        check_refusal(speak(site, head_of()), 503)  # both connections are at work
+
+
 SLOW = {
     "head": (b"GET /status.json HTTP/1.1\r\nX: ", b"a" * 10_000),
     "first line": (b"", b"a" * 10_000),
@@ -4094,6 +4131,15 @@ def test_many_requests_come_over_one_tls_connection(encrypted, tmp_path):
             for _ in range(requests_.count(b"GET")):
                 assert file.readline() in (b"HTTP/1.1 200 OK\r\n", b"HTTP/1.1 404 Not Found\r\n")
                 assert file.read(int(http.client.parse_headers(file)["Content-Length"])).endswith(b"}\n")
+
+
+def test_the_end_of_a_tls_connection_is_said(encrypted, tmp_path):
+    context = ssl.create_default_context(cafile=tmp_path / "cert.pem")
+    line = socket.create_connection(("localhost", encrypted.port), 30)
+    with context.wrap_socket(line, server_hostname="localhost", suppress_ragged_eofs=False) as line:
+        line.sendall(head_of("/status.json", "Connection: close"))
+        with line.makefile("rb") as file:
+            assert file.read().endswith(b"}\n")  # otherwise it could have been cut off on the way
 
 
 def test_basic_is_taken_over_tls_only(guarded, tmp_path):
