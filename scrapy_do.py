@@ -486,6 +486,7 @@ class Project(NamedTuple):
 
 
 Record = Job | Project
+Sections = Mapping[str, Mapping[str, Record | None]]  # projects by their name, jobs by their identifier; None is gone
 JOB_PATTERN = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 NAME_PATTERN = re.compile(r"\w[\w.-]{0,99}")
 NAME_BYTES = 200  # a file name has at most 255, and the archive's has more than the project's
@@ -493,6 +494,7 @@ FIELD_TYPES: dict[str, type] = {  # all other fields are str
     "status": Status, "actor": Actor, "timestamp": float, "origin": float, "due": float, "duration": int,
     "exit_code": int, "cancel": bool, "pid": int, "pid_created": float, "spiders": list,
 }  # fmt: skip
+encode_json = json.JSONEncoder(ensure_ascii=False).encode  # json.dumps would make such an encoder for each call
 
 
 def is_project_name(name: str) -> bool:
@@ -500,15 +502,26 @@ def is_project_name(name: str) -> bool:
     return bool(NAME_PATTERN.fullmatch(name)) and len(name.encode()) <= NAME_BYTES
 
 
-def encode_line(key: str, record: Record) -> bytes:
-    """Return the record as a member of a JSON object, on one line, without the fields that have their default.
+def encode_line(key: str, record: Record | None) -> bytes:
+    """Return a record as a member of a JSON object, on one line, without the fields that have their default.
 
-    What is not UTF-8 in the name of a file, and so in a reason, becomes an escape, which JSON has for it, too.
+    One that is gone is null. What is not UTF-8 in the name of a file, and so in a reason, becomes an escape, which JSON
+    has for it, too.
     """
-    defaults, unset = record._field_defaults, object()
-    fields = {name: value for name, value in record._asdict().items() if value != defaults.get(name, unset)}
-    line = f"{json.dumps(key, ensure_ascii=False)}: {json.dumps(fields, ensure_ascii=False)}"
-    return line.encode("utf-8", "backslashreplace")
+    fields = None
+    if record is not None:
+        defaults, unset = record._field_defaults, object()
+        fields = {name: value for name, value in record._asdict().items() if value != defaults.get(name, unset)}
+    return f"{encode_json(key)}: {encode_json(fields)}".encode("utf-8", "backslashreplace")
+
+
+def encode_sections(sections: Sections) -> Iterator[bytes]:
+    """Yield the members of a JSON object: one for each section, in it a line for each record."""
+    for number, (section, records) in enumerate(sections.items()):
+        yield b'%s"%s": {' % (b",\n" if number else b"", section.encode())
+        for place, (key, record) in enumerate(records.items()):
+            yield (b",\n" if place else b"\n") + encode_line(key, record)
+        yield b"\n}"
 
 
 def decode_record(kind: type[Any], fields: Any) -> Any:
@@ -595,10 +608,65 @@ def remove_tree(path: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
+CHANGES_BEGIN = b',\n"changes": [{}'  # the first one is empty, so that each other begins with a comma
+CHANGE_BEGIN, STATE_END = b",\n{", b"]}\n"  # no line of a record ends or begins like that
+
+
+def parse_state(data: bytes) -> Any:
+    """Return the JSON document of a state file, without its last change if a crash has torn that.
+
+    A part of an object, or one with zeros where the disk was not written, is no JSON; so what can be read is whole.
+    Raise ValueError that names the place for damage of another kind: within what was written at once, followed by
+    another change, or between the two ends of the last one.
+    """
+    try:
+        return json.loads(data)
+    except ValueError:
+        if CHANGES_BEGIN not in data:
+            raise
+        text = data.decode("latin-1")  # a character for each byte; all marks of JSON are ASCII
+        end = data.index(CHANGES_BEGIN) + len(CHANGES_BEGIN)
+        with contextlib.suppress(ValueError):
+            while data.startswith(CHANGE_BEGIN, end):
+                _, end = json.JSONDecoder().raw_decode(text, end + len(CHANGE_BEGIN) - 1)
+        rest = data[end:]
+        is_edited = rest.startswith(CHANGE_BEGIN) and rest.endswith(b"}" + STATE_END) and b"\0" not in rest
+        if is_edited or CHANGE_BEGIN in rest[1:]:
+            raise
+        document = json.loads(data[:end] + STATE_END)
+        log(f"the state file ends with a change that a crash has cut off; its {len(rest)} bytes are left out")
+        return document
+
+
+def look_of(descriptor: int) -> tuple[int, ...]:
+    """Return what tells a file from another one, or from itself after an edit."""
+    found = os.fstat(descriptor)
+    return found.st_ino, found.st_size, found.st_mtime_ns
+
+
 class Store:
     """The data directory: its lock, the state file, archives, logs and work folders.
 
-    Only the writer calls `write`. Each record's line is kept until the record changes, so that a write costs one join.
+    The state file is one JSON object. It holds the records as they were when it was written anew, and the changes that
+    have been saved since, each an object of the same kind:
+
+        {"version": 1,
+        "projects": {
+        "shop": {"name": "shop", "spiders": ["books"], ...}
+        },
+        "jobs": {
+        "0c1f...": {"identifier": "0c1f...", "status": "PENDING", ...},
+        "9a7e...": {"identifier": "9a7e...", "status": "SCHEDULED", ...}
+        },
+        "changes": [{},
+        {"jobs": {
+        "0c1f...": {"identifier": "0c1f...", "status": "RUNNING", ...},
+        "9a7e...": null
+        }}]}
+
+    A change is written over the last two brackets and ends with new ones. It is on the disk before the next is written,
+    so that a power cut can only spoil the last one, which nobody has been told of; `parse_state` leaves it out. As in
+    SQLite's "powersafe overwrite", what lies before a write in the same sector of the disk is taken to be safe.
     """
 
     VERSION = 1
@@ -610,7 +678,8 @@ class Store:
         self.projects, self.logs, self.work = folder / "projects", folder / "logs", folder / "work"
         self.spider_data = folder / "spider-data"
         self.is_behind = False  # the file lacks changes that have happened
-        self._lines: dict[str, dict[str, bytes]] = {"projects": {}, "jobs": {}}
+        self._left: tuple[int, ...] = ()  # what the state file was like after the last write
+        self._first_end = self._end = 0  # where its last two brackets were when it was written anew, and are now
         try:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             self._lock = self._take_lock()
@@ -642,23 +711,32 @@ class Store:
         change left behind is put right: a pushed archive gets its name, everything that no record knows is deleted.
         """
         try:
-            document = json.loads(self.state_file.read_bytes()) if self.state_file.exists() else {"version": 1}
-            if not isinstance(document, dict) or type(document.get("version")) is not int:
-                raise ValueError("it is not an object with a 'version'")
-            if document["version"] != self.VERSION:
-                raise ValueError(f"it has version {document['version']}, this scrapy_do knows {self.VERSION}")
-            sections = document.get("projects", {}), document.get("jobs", {})
-            if not all(isinstance(section, dict) for section in sections):
-                raise ValueError("its 'projects' and 'jobs' must be objects")
-            projects = {name: decode_project(name, fields) for name, fields in sections[0].items()}
-            jobs = {identifier: decode_job(identifier, fields) for identifier, fields in sections[1].items()}
+            sections = self._read() if self.state_file.exists() else {"projects": {}, "jobs": {}}
+            projects = {name: decode_project(name, fields) for name, fields in sections["projects"].items()}
+            jobs = {identifier: decode_job(identifier, fields) for identifier, fields in sections["jobs"].items()}
             self._sweep(projects, jobs)
         except (OSError, ValueError, RecursionError) as error:
             message = f"{self.state_file} cannot be read: {error}. It was left as it is; mend it or move it away"
             raise StorageError(message) from None
-        self._lines["projects"] = {name: encode_line(name, project) for name, project in projects.items()}
-        self._lines["jobs"] = {identifier: encode_line(identifier, job) for identifier, job in jobs.items()}
         return projects, jobs
+
+    def _read(self) -> dict[str, dict[str, Any]]:
+        """Return what the state file says of each record, a later change before an earlier one."""
+        document = parse_state(self.state_file.read_bytes())
+        if not isinstance(document, dict) or type(document.get("version")) is not int:
+            raise ValueError("it is not an object with a 'version'")
+        if document["version"] != self.VERSION:
+            raise ValueError(f"it has version {document['version']}, this scrapy_do knows {self.VERSION}")
+        if not isinstance(changes := document.get("changes", []), list) or not all(type(c) is dict for c in changes):
+            raise ValueError("its 'changes' must be a list of objects")
+        sections: dict[str, dict[str, Any]] = {"projects": {}, "jobs": {}}
+        for change in [document, *changes]:
+            for section, records in sections.items():
+                if not isinstance(found := change.get(section, {}), dict):
+                    raise ValueError("its 'projects' and 'jobs' must be objects")
+                records.update(found)
+        return {name: {key: fields for key, fields in records.items() if fields is not None}
+                for name, records in sections.items()}  # fmt: skip
 
     def _sweep(self, projects: Mapping[str, Project], jobs: Mapping[str, Job]) -> None:
         for project in projects.values():
@@ -708,51 +786,72 @@ class Store:
         """Return a path in the work folder that nobody else uses."""
         return self.work / new_identifier()
 
-    def write(self, changed: Mapping[tuple[str, str], Record | None], keep: bool = False) -> None:
+    def write(self, records: Sections, changed: Mapping[tuple[str, str], Record | None]) -> None:
         """Save changed records, None for a deleted one, and return when they are on the disk.
 
-        Raise StorageError when the disk does not take them; they are then forgotten, or with `keep` remembered for the
-        next write, since they have happened.
+        `records` are those that have been saved, or should have been: the file is written anew when that has failed,
+        when somebody else has changed it, and when the changes have become longer than the rest. Raise StorageError
+        when the disk does not take it all.
         """
-        former = {(section, key): self._lines[section].get(key) for section, key in changed}
-        self._apply({place: encode_line(place[1], record) if record else None for place, record in changed.items()})
+        change: dict[str, dict[str, Record | None]] = {section: {} for section in records}
+        for (section, key), record in changed.items():
+            change[section][key] = record
         try:
-            self._replace_state_file()
+            is_long = self._end > 2 * self._first_end + MIB
+            if self.is_behind or is_long or not self._append({name: lines for name, lines in change.items() if lines}):
+                self._replace({section: {**records[section], **change[section]} for section in records})
             self.is_behind = False
         except OSError as error:
-            if not keep:
-                self._apply(former)
-            self.is_behind = True  # also then: a rename without its fsync may have reached the disk
+            self.is_behind = True  # a write without its fsync may still reach the disk, so it must be replaced
             raise StorageError(f"the change was not saved, {self.folder} cannot be written: {error}") from None
 
-    def _apply(self, lines: Mapping[tuple[str, str], bytes | None]) -> None:
-        for (section, key), line in lines.items():
-            if line is None:
-                self._lines[section].pop(key, None)
-            else:
-                self._lines[section][key] = line
+    def tidy(self, records: Sections) -> None:
+        """Write the file anew if it has changes at its end, or lacks some, and the disk takes it."""
+        if self.is_behind or self._end > self._first_end:
+            with contextlib.suppress(OSError):
+                self._replace(records)
 
-    def _replace_state_file(self) -> None:
+    def _append(self, change: Sections) -> bool:
+        """Write a change over the last two brackets, and new ones after it; False when the file is not as it was."""
+        data = b"".join([CHANGE_BEGIN, *encode_sections(change), b"}"])
+        try:
+            descriptor = os.open(self.state_file, os.O_WRONLY | os.O_NOFOLLOW)
+        except OSError:
+            return False
+        try:
+            if look_of(descriptor) != self._left:
+                return False
+            if os.pwrite(descriptor, data + STATE_END, self._end) < len(data + STATE_END):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            os.fsync(descriptor)
+            self._left = look_of(descriptor)
+        except OSError:
+            with contextlib.suppress(OSError):  # the file shall be as before, however soon this process ends
+                os.ftruncate(descriptor, self._end + len(STATE_END))
+                os.pwrite(descriptor, STATE_END, self._end)
+            raise
+        finally:
+            os.close(descriptor)
+        self._end += len(data)
+        return True
+
+    def _replace(self, records: Sections) -> None:
         """Write beside, sync, rename, sync the folder: after a crash the file is the old one or the new one."""
+        living = {name: {k: r for k, r in section.items() if r is not None} for name, section in records.items()}
         temporary = self.folder / "state.json.new"
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600)
-        with open(descriptor, "wb", buffering=0) as file:
-            for part in self._document():
-                rest = memoryview(part)
-                while rest:
-                    rest = rest[file.write(rest) :]
+        with open(descriptor, "wb", buffering=CHUNK_BYTES) as file:
+            file.write(b'{"version": %d,\n' % self.VERSION)
+            file.writelines(encode_sections(living))
+            file.write(CHANGES_BEGIN)
+            end = file.tell()
+            file.write(STATE_END)
+            file.flush()
             os.fsync(descriptor)
+            self._left = look_of(descriptor)
         os.replace(temporary, self.state_file)
         sync_folder(self.folder)
-
-    def _document(self) -> Iterator[bytes]:
-        """Yield the state as the parts of one JSON object with a line for each record; each line is copied once."""
-        yield b'{"version": %d' % self.VERSION
-        for section, lines in self._lines.items():
-            yield b',\n"%s": {\n' % section.encode()
-            yield b",\n".join(lines.values())
-            yield b"\n}"
-        yield b"}\n"
+        self._first_end = self._end = end
 
 
 # ---- 5. Crawls -------------------------------------------------------------------------------------------------------
@@ -1274,6 +1373,7 @@ class Daemon:
         self._change_waits = threading.Condition(self._lock)
         self._projects: dict[str, Project] = {}
         self._jobs: dict[str, Job] = {}  # in the order of their making
+        self._records: Sections = {"projects": self._projects, "jobs": self._jobs}  # as the store wants them
         self._by_status: dict[Status, dict[str, None]] = {status: {} for status in Status}
         self._completed: dict[str, None] = {}  # the oldest first
         self._counts = dict.fromkeys(("jobs-run", "jobs-successful", "jobs-failed", "jobs-canceled", "runs-skipped"), 0)
@@ -1362,6 +1462,7 @@ class Daemon:
             self._change_waits.notify()
         if self._writer.is_alive():
             self._writer.join()
+            self._store.tidy(self._records)
 
     # Changes: one writer for all, see the head of the file
 
@@ -1390,7 +1491,7 @@ class Daemon:
             was_behind = self._store.is_behind
             try:
                 if draft.changed or was_behind:
-                    self._store.write(draft.changed)
+                    self._store.write(self._records, draft.changed)
             except StorageError as error:
                 draft = self._keep_facts(batch, error)
                 if not was_behind:
@@ -1424,7 +1525,7 @@ class Daemon:
         """Make the draft again with nothing but facts, after the disk has refused it; refuse the other changes."""
         draft = self._make_draft(change for change in batch if change.is_fact)
         with contextlib.suppress(StorageError):
-            self._store.write(draft.changed, keep=True)
+            self._store.write(self._records, draft.changed)
         for change in batch:
             if not change.is_fact and change.error is None:
                 change.error = error
