@@ -1405,7 +1405,6 @@ class Daemon:
             published.events += draft.events
 
         self._commit(adopt, is_fact=True)
-        self._commit(self._purge, is_fact=True)
         self._timer.start()
         for slot in self._slots:
             slot.start()
@@ -1519,6 +1518,7 @@ class Daemon:
             draft = Draft(self._projects, self._jobs, self._clock.time())
             for change in batch:
                 change.run(draft)
+            self._purge(draft)
         return draft
 
     def _keep_facts(self, batch: list[Change], error: StorageError) -> Draft:
@@ -1740,7 +1740,6 @@ class Daemon:
                 draft.put(job._replace(cancel=True), f"job {identifier} is being canceled")
             else:
                 draft.move(job, Status.CANCELED, reason=BY_USER)
-                self._purge(draft)
 
         self._commit(cancel_job)
         self._end_crawl(identifier, "cancel")
@@ -1787,7 +1786,8 @@ class Daemon:
 
     def _purge(self, draft: Draft) -> None:
         """Forget the oldest finished jobs beyond the number to be kept, and delete their logs."""
-        finished = sum(isinstance(job, Job) and job.status in COMPLETED for job in draft.changed.values())
+        changed = (record for record in draft.changed.values() if isinstance(record, Job))
+        finished = sum(job.status in COMPLETED and job.identifier not in self._completed for job in changed)
         surplus = len(self._completed) + finished - self._settings.completed_cap
         for identifier in itertools.islice(self._completed, max(0, surplus)):
             draft.changed["jobs", identifier] = None
@@ -1960,7 +1960,6 @@ class Daemon:
             draft.move(job, Status.PENDING, " again, since the daemon is stopping")
         else:
             draft.move(job, Status.FAILED if outcome["reason"] else Status.SUCCESSFUL, event, **outcome)
-        self._purge(draft)
 
 
 @functools.lru_cache(maxsize=1)
