@@ -84,6 +84,7 @@ NONCE_SECONDS = 300
 BACKLOG_COUNT = 1024  # connections that the kernel keeps until they are accepted
 BATCH_COUNT = 256  # changes that share one write: bounds how long the records stay locked
 FIRINGS_COUNT = 64  # schedules that fire in one write beside them: more would make requests wait for a burst
+SWITCH_SECONDS = 0.001  # after which a thread that lists many jobs lets others go on; Python's own is 5 ms
 RETRY_SECONDS = 2.0  # between attempts to save what the disk did not take
 CLOCK_CHECK_SECONDS = 60.0  # a wait does not notice that the system clock was set
 ENVIRONMENT_READS = 50
@@ -159,7 +160,7 @@ def new_identifier() -> str:
 def log(message: str) -> None:
     """Write one line to stderr, with the local time; a line break in `message` cannot fake a second line."""
     stamp = time.strftime("%Y-%m-%d %H:%M:%S")
-    line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in message)
+    line = message if message.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in message)
     with contextlib.suppress(OSError, ValueError):  # a full disk or a closed terminal must not stop a crawl
         sys.stderr.write(f"{stamp} {line}\n")
         sys.stderr.flush()
@@ -494,7 +495,28 @@ FIELD_TYPES: dict[str, type] = {  # all other fields are str
     "status": Status, "actor": Actor, "timestamp": float, "origin": float, "due": float, "duration": int,
     "exit_code": int, "cancel": bool, "pid": int, "pid_created": float, "spiders": list,
 }  # fmt: skip
+SHARED_FIELDS = ("schedule", "project", "spider", "description")  # thousands of jobs have the same, and one text for it
 encode_json = json.JSONEncoder(ensure_ascii=False).encode  # json.dumps would make such an encoder for each call
+
+
+@functools.lru_cache(maxsize=1024)  # a job never changes, and whoever watches a list asks for the same ones again
+def job_text(job: Job) -> str:
+    """Return what the API says of a job as JSON."""
+    return encode_json(job.view())
+
+
+class Json(str):
+    """Text that is JSON already."""
+
+
+def encode_answer(answer: Mapping[str, Any]) -> str:
+    """Return an answer as JSON.
+
+    Lists of jobs come as text: to encode 10,000 of them in one call would keep all other threads waiting.
+    """
+    texts = [f', "{name}": {value}' for name, value in answer.items() if isinstance(value, Json)]
+    others = {name: value for name, value in answer.items() if not isinstance(value, Json)}
+    return encode_json(others)[:-1] + "".join(texts) + "}"
 
 
 def is_project_name(name: str) -> bool:
@@ -528,21 +550,25 @@ def decode_record(kind: type[Any], fields: Any) -> Any:
     """Return the record that a JSON object describes. Raise ValueError that says which field is wrong."""
     if not isinstance(fields, dict):
         raise ValueError(f"{fields!r:.40} is not an object")
-    if unknown := sorted(fields.keys() - set(kind._fields)):
-        raise ValueError(f"there is no field '{unknown[0]}'")
-    if missing := [name for name in kind._fields if name not in fields and name not in kind._field_defaults]:
-        raise ValueError(f"the field '{missing[0]}' is missing")
-    return kind(**{name: _decode_field(name, value) for name, value in fields.items()})
+    try:
+        return kind(**{name: _decode_field(name, value) for name, value in fields.items()})
+    except TypeError:
+        if unknown := sorted(fields.keys() - set(kind._fields)):
+            raise ValueError(f"there is no field '{unknown[0]}'") from None
+        missing = [name for name in kind._fields if name not in fields and name not in kind._field_defaults]
+        raise ValueError(f"the field '{missing[0]}' is missing") from None
 
 
 def _decode_field(name: str, value: Any) -> Any:
     wanted: Any = FIELD_TYPES.get(name, str)
+    if wanted is Status or wanted is Actor:
+        return wanted(value)
     if wanted is float and type(value) is int:
         value = float(value)
-    if issubclass(wanted, Enum):
-        return wanted(value)
     if type(value) is not wanted or (wanted is float and not 0 <= value <= LAST_INSTANT):
         raise ValueError(f"the field '{name}' cannot be {value!r:.40}")
+    if wanted is str:
+        return sys.intern(value) if name in SHARED_FIELDS else value
     if wanted is list and not all(type(item) is str for item in value):
         raise ValueError(f"the field '{name}' must hold strings")
     return tuple(value) if wanted is list else value
@@ -713,7 +739,8 @@ class Store:
         try:
             sections = self._read() if self.state_file.exists() else {"projects": {}, "jobs": {}}
             projects = {name: decode_project(name, fields) for name, fields in sections["projects"].items()}
-            jobs = {identifier: decode_job(identifier, fields) for identifier, fields in sections["jobs"].items()}
+            decoded = (decode_job(identifier, fields) for identifier, fields in sections["jobs"].items())
+            jobs = {job.identifier: job for job in decoded}
             self._sweep(projects, jobs)
         except (OSError, ValueError, RecursionError) as error:
             message = f"{self.state_file} cannot be read: {error}. It was left as it is; mend it or move it away"
@@ -1714,6 +1741,7 @@ class Daemon:
         """Make a job and return its identifier, and when it runs. `payload` is the text of a JSON object."""
         recurrence = parse_spec(when)
         check_payload(payload)
+        project, spider, when, description = map(sys.intern, (project, spider, when, description))
 
         def add_job(draft: Draft) -> dict[str, Any]:
             if spider not in (known := draft.find_project(project).spiders):
@@ -1752,12 +1780,12 @@ class Daemon:
         with self._lock:
             return self._published().find_job(identifier).view()
 
-    def jobs(self, statuses: Iterable[Status]) -> list[dict[str, Any]]:
-        """Return the jobs in these statuses, the newest change of status first."""
+    def jobs(self, statuses: Iterable[Status]) -> Json:
+        """Return the list of the jobs in these statuses, the newest change of status first."""
         with self._lock:
             jobs = [self._jobs[identifier] for status in statuses for identifier in self._by_status[status]]
         jobs.sort(key=lambda job: job.timestamp, reverse=True)
-        return [job.view() for job in jobs]
+        return Json(f"[{', '.join(map(job_text, jobs))}]")
 
     def log_file(self, identifier: str, stream: str) -> Path:
         """Return the file with the output of a job, which may not exist yet; `stream` is out or err."""
@@ -2775,7 +2803,7 @@ class Handler:
         self._send_json(error.status, {"status": "error", "msg": str(error)}, headers)
 
     def _send_json(self, status: int, answer: dict[str, Any], headers: Iterable[tuple[str, str]] = ()) -> None:
-        data = (json.dumps(answer, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
+        data = (encode_answer(answer) + "\n").encode("utf-8", "backslashreplace")
         self._send(status, "application/json", len(data), data, headers)
 
     def _send(
@@ -3186,6 +3214,7 @@ def main(argv: list[str] | None = None) -> int:
     bytecodes of the main thread could come just too late to end a wait.
     """
     options = parse_options(argv)
+    sys.setswitchinterval(SWITCH_SECONDS)
     stop, wake = socket.socketpair()
     wake.setblocking(False)
     signal.set_wakeup_fd(wake.fileno(), warn_on_full_buffer=False)
