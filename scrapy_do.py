@@ -665,9 +665,9 @@ def parse_state(data: bytes) -> Any:
 
 
 def look_of(descriptor: int) -> tuple[int, ...]:
-    """Return what tells a file from another one, or from itself after an edit."""
+    """Return what tells a file from another one, or from itself after an edit, or when it has become a backup, too."""
     found = os.fstat(descriptor)
-    return found.st_ino, found.st_size, found.st_mtime_ns
+    return found.st_ino, found.st_nlink, found.st_size, found.st_mtime_ns
 
 
 class Store:

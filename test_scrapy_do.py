@@ -1520,6 +1520,7 @@ def test_the_file_is_written_anew_when_its_changes_outgrow_the_rest(site, tmp_pa
 
 MEDDLERS = {
     "touched": lambda path: path.touch(),
+    "linked": lambda path: os.link(path, path.with_name("backup")),
     "deleted": lambda path: path.unlink(),
     "cut": lambda path: os.truncate(path, 100),
     "replaced": lambda path: (path.with_name("copy").write_text("x"), path.with_name("copy").replace(path)),
