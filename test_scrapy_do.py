@@ -1185,6 +1185,96 @@ def test_the_state_file_has_a_line_for_each_job_and_is_private(site, tmp_path):
     assert (tmp_path / "data").stat().st_mode & 0o777 == 0o700
 
 
+def exposed(folder):
+    """Return what a daemon has made in its folder, but for what its spiders keep, and not for itself alone."""
+    own = [path for path in folder.rglob("*") if len(path.relative_to(folder).parts) <= 2 and path.parent.name != "spider-data"]
+    return [path for path in [folder, *own] if path.lstat().st_mode & 0o077]
+
+
+@pytest.mark.parametrize("mask", ["000", "022"])
+def test_all_files_are_private_at_any_time(outside, tmp_path, mask):
+    command = ("/bin/sh", "-c", f'umask {mask}; exec "$@"', "sh", sys.executable, str(MODULE))
+    site, folder = outside(command=command), tmp_path / "data"
+    project = plus(("list.sh", f"echo on > {tmp_path}/on; {until(tmp_path / 'gate')} echo hold"), ("hold.sh", HOLD), ("sub/text", ""))
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        pushed = pool.submit(site.push, project)
+        wait_for((tmp_path / "on").exists)
+        during = exposed(folder), len(list((folder / "work").iterdir()))
+        (tmp_path / "gate").touch()
+        assert pushed.result()["spiders"] == ["hold"]
+    assert during == ([], 3)  # the upload, its tree, and what `scrapy list` prints
+    job = site.schedule("hold")
+    wait_for(lambda: site.log(job, "out") == "started\n")
+    assert len(list((folder / "work").iterdir())) == 2
+    assert exposed(folder) == []
+    assert {path.name for path in folder.iterdir()} == {"lock", "state.json", "projects", "logs", "work", "spider-data"}
+    release(tmp_path)
+    site.wait_job(job)
+    assert exposed(folder) == []
+    assert folder.stat().st_mode & 0o7777 == 0o700
+
+
+@pytest.mark.parametrize("mode", [0o770, 0o702, 0o1777], ids=oct)
+def test_a_data_folder_that_others_may_write_to_is_refused(tmp_path, mode):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    (folder / "mine").write_text("x")
+    folder.chmod(mode)
+    before = folder_contents(folder)
+    status, said = run_main("--port", "0", "--data-dir", str(folder))
+    assert (status, said.count("\n"), f"'chmod 700 {folder}'" in said) == (1, 1, True)
+    assert (folder_contents(folder), folder.stat().st_mode & 0o7777) == (before, mode)
+
+
+def test_an_empty_data_folder_and_loose_folders_in_it_become_private(outside, tmp_path):
+    folder, large = tmp_path / "data", tmp_path / "large"
+    for path in (folder, large):
+        path.mkdir()
+        path.chmod(0o777)
+    site = outside()
+    assert exposed(folder) == []
+    site.stop()
+    for name in ("projects", "logs", "work"):
+        (folder / name).chmod(0o777)
+    (folder / "spider-data").rmdir()
+    (folder / "spider-data").symlink_to(large)  # on a larger disk, say, where others are to read it
+    folder.chmod(0o755)
+    site.start()
+    assert [path for path in exposed(folder) if not path.is_symlink()] == [folder]
+    assert [path.stat().st_mode & 0o777 for path in (folder, large)] == [0o755, 0o777]
+
+
+def test_links_in_the_data_folder_are_not_followed(outside, tmp_path):
+    site = outside("--job-slots", "1")
+    folder, victim, others = tmp_path / "data", tmp_path / "victim", tmp_path / "others"
+    site.push(hold=HOLD, talk="echo out; echo err >&2")
+    victim.write_text("mine")
+    others.mkdir()
+    (others / "file").write_text("mine")
+    site.wait_job(site.schedule("hold"), "RUNNING")
+    for stream in ("out", "err"):  # for the next job
+        (folder / "logs" / f"{(job := site.schedule('talk'))}.{stream}").symlink_to(victim)
+        assert site.request("GET", f"/get-log/data/{job}.{stream}")[0] == 404
+    (folder / "state.json.new").symlink_to(victim)
+    assert site.try_post("schedule-job", project="shop", spider="talk", when="now")[0] == 507
+    (folder / "state.json.new").unlink()
+    release(tmp_path)
+    wait_for(lambda: not site.jobs("ACTIVE"))
+    assert [("symbolic link" in job["reason"], job["spider"]) for job in site.jobs("FAILED")] == [(True, "talk")] * 2
+    site.stop()
+    shutil.rmtree(folder / "work")
+    (folder / "work").symlink_to(others)
+    (folder / "state.json.new").symlink_to(victim)
+    site.start()
+    assert site.wait_job(site.schedule("talk"))["status"] == "SUCCESSFUL"
+    assert (folder / "work").lstat().st_mode == stat.S_IFDIR | 0o700
+    site.stop()
+    (folder / "lock").unlink()
+    (folder / "lock").symlink_to(victim)
+    assert "Too many levels of symbolic links" in run_main("--port", "0", "--data-dir", str(folder))[1]
+    assert (victim.read_text(), (others / "file").read_text(), os.listdir(others)) == ("mine", "mine", ["file"])
+
+
 def test_a_reason_that_is_not_utf_8_can_be_saved():
     """Such a file name once ended the writer's thread; os.fsdecode makes surrogates of it."""
     reason = "no such file: " + os.fsdecode(b"\xff")
@@ -3751,12 +3841,17 @@ def test_unusual_but_sound_head_is_answered(site, head):
     [
         "../state.json", "../../state.json", "%2e%2e/state.json", "..%2fstate.json", "%2e%2e%2fstate.json", "{}.out%00",
         "{}%00.out", "{}.out/", "./{}.out", "%2e/{}.out", "{}.out%0a", "{}", "{}.zip", "{}.OUT", "%zz", "%", "", "/{}.out",
-        "..%5cstate.json", "%252e%252e%252fstate.json", "x/../{}.out", ".out",
+        "..%5cstate.json", "%252e%252e%252fstate.json", "x/../{}.out", ".out", "{}.out.", "{}.out%20", "{}.out%09", "{}.out;x=1",
+        "..;/{}.out", "{}.out/../{}.err", "{}.out/..", "{}.out#x", "\\{}.out", "%5c{}.out", "{}.out%2500", "{}%2eout%2f", "{upper}.out",
+        "..%ef%bc%8fstate.json", "..%c0%afstate.json", "%c0%ae%c0%ae/state.json", "{}.out%c0%80", "%e0%80%ae%e0%80%ae/state.json",
+        "{{{}}}.out", "urn:uuid:{}.out", "%u002e%u002e/state.json", "{}.%6fut.", "{}.out%0d%0aX:%20y",
     ],
 )  # fmt: skip
-def test_odd_path_to_a_log_is_404(shop, path):
-    identifier = shop.schedule(when="every 9 days")
-    check_refusal(speak(shop, head_of("/get-log/data/" + path.format(identifier))), 404)
+@pytest.mark.parametrize("start", ["", "http://localhost", "HTTP://LOCALHOST:80"], ids=["path", "address", "address and port"])
+def test_odd_path_to_a_log_is_refused(shop, path, start):
+    identifier = shop.schedule(when="every 9 days").replace("0", "a")
+    target = f"{start}/get-log/data/{path.format(*[identifier] * 2, upper=identifier.upper())}"
+    check_refusal(speak(shop, head_of(target)), 400 if "%c0" in path or "%e0" in path else 404)
 
 
 def test_random_bytes_as_a_head_are_refused(site):
@@ -4377,6 +4472,53 @@ def test_tls_options_serve_https_with_an_encrypted_key(outside, tmp_path):
         assert (status, said.count("\n")) == (1, 1)
         assert "the certificate cannot be used" in said
         assert str(tmp_path / "key.pem") in said
+
+
+def test_no_secret_of_the_daemon_reaches_a_spider_or_the_process_list(outside, tmp_path):
+    make_certificate(tmp_path, password="kluczyk")
+    for name, text in (("password", "kluczyk\n"), ("users", "ala:tajemnica\n")):
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o600)
+    files = {"cert": "cert.pem", "key": "key.pem", "password-file": "password"}
+    options = [word for name, path in files.items() for word in (f"--tls-{name}", str(tmp_path / path))]
+    site = outside(*options, "--auth-file", str(tmp_path / "users"))
+    seen = {}
+
+    def look(process):
+        """Look at a process that sleeps."""
+        proc = pathlib.Path(f"/proc/{process.pid}")
+        seen[proc] = [(proc / name).read_bytes() for name in ("cmdline", "environ")]
+        assert sorted(os.listdir(proc / "fd")) == ["0", "1", "2"]
+
+    def wait_sleep():
+        daemon = psutil.Process(site.process.pid)
+        return wait_for(lambda: next((child for child in daemon.children() if child.name() == "sleep"), None))
+
+    def ask(path, *more):
+        status, answer = curl(site, path, "--cacert", str(tmp_path / "cert.pem"), "-u", "ala:tajemnica", *more, scheme="https")
+        assert status == 200, answer
+        return answer
+
+    scripts = {"list.sh": f"[ ! -e {tmp_path}/first ] || exec sleep 99; echo > {tmp_path}/first; echo hold", "hold.sh": "exec sleep 99"}
+    (tmp_path / "shop.zip").write_bytes(make_zip({"scrapy.cfg": CONFIG, **scripts}))
+    push = ("/push-project.json", "-F", f"archive=@{tmp_path}/shop.zip")
+    ask(*push)
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        pushed = pool.submit(ask, *push)
+        look(child := wait_sleep())  # `scrapy list`
+        child.kill()
+        assert "exit code -9" in str(pushed.exception())
+    job = ask("/schedule-job.json", "-d", "project=shop&spider=hold&when=now")["identifier"]
+    look(wait_sleep())
+    ask("/cancel-job.json", "-d", f"id={job}")
+    assert curl(site, "/status.json", "-k", "--digest", "-u", "ala:tajemnik", scheme="https")[0] == 401
+    seen["daemon"] = [pathlib.Path(f"/proc/{site.process.pid}/{name}").read_bytes() for name in ("cmdline", "environ")]
+    site.stop()
+    secrets = ["tajemnica", "tajemnik", "kluczyk", (tmp_path / "key.pem").read_text().splitlines()[1]]
+    kept = [path.read_bytes() for path in (tmp_path / "data").rglob("*") if path.is_file()]
+    texts = [*itertools.chain(*seen.values()), site.log_path.read_bytes(), *kept]
+    assert len(seen) == 3
+    assert [secret for secret in secrets for text in texts if secret.encode() in text] == []
 
 
 def test_a_renewed_certificate_is_used_without_a_restart(encrypted, tmp_path, capsys):
