@@ -37,6 +37,7 @@ import errno
 import fcntl
 import functools
 import heapq
+import io
 import itertools
 import json
 import os
@@ -72,6 +73,8 @@ TEXT_BYTES = MIB  # the longest value of a parameter that is not an archive
 ARCHIVE_ENTRIES = 10_000
 FOLDER_DEPTH = 50
 ZIP_HEADER_BYTES = 30  # before the name of an entry and its data
+ZIP_DIRECTORY_BYTES = 8 * MIB  # the longest list of entries; unpacking takes six times as much memory
+CONFIG_BYTES = 16 * 1024  # the longest scrapy.cfg; ConfigParser takes time by the square of a line
 ARCHIVE_BYTES = 1024 * MIB  # the most that an archive may unpack to
 BODY_BYTES_PER_SECOND = 10 * 1024  # the least rate of an upload
 IDLE_SECONDS = 10.0  # after which a thread without a connection ends
@@ -708,10 +711,16 @@ class Store:
         self._first_end = self._end = 0  # where its last two brackets were when it was written anew, and are now
         try:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            if not any(folder.iterdir()):  # made for us, with the modes of a login
+                folder.chmod(0o700)
+            if folder.stat().st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+                raise StorageError(f"others may write to {folder}, and so run code as you: run 'chmod 700 {folder}'")
             self._lock = self._take_lock()
             remove_tree(self.work)
             for path in (self.projects, self.logs, self.work, self.spider_data):
                 path.mkdir(mode=0o700, exist_ok=True)
+                if not path.is_symlink():  # one leads where its owner has seen to that
+                    path.chmod(0o700)
         except OSError as error:
             raise StorageError(f"the data folder {folder} cannot be used: {error}; see --data-dir") from None
 
@@ -902,6 +911,15 @@ SPIDER_LOADER_CLASS = "{module}.Marked"
 """
 
 
+class ArchiveFile(io.BufferedReader):
+    """A file that is read in short pieces only, which bounds the list of entries that zipfile makes of one."""
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        if size is not None and size > ZIP_DIRECTORY_BYTES:
+            raise TooLarge(f"the archive's list of entries is longer than {ZIP_DIRECTORY_BYTES // MIB} MiB")
+        return super().read(size)
+
+
 class Layout(NamedTuple):
     """What `scrapy.cfg` says of an unpacked project."""
 
@@ -920,27 +938,27 @@ def unpack(archive: Path, folder: Path) -> Layout:
 
     refusals = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, ValueError)
     try:
-        with zipfile.ZipFile(archive) as bundle:
+        with ArchiveFile(io.FileIO(archive)) as file, zipfile.ZipFile(file) as bundle:
             entries = bundle.infolist()
-            check_entries(entries)
+            check_entries(entries, bundle.start_dir)
             budget = ARCHIVE_BYTES
             folder.mkdir(mode=0o700)
             for entry in entries:
                 with bundle.open(entry) as source:
                     budget -= extract(entry, source, folder, budget)
     except refusals as error:
-        raise BadRequest(f"the archive is not a sound zip file: {error}") from None
+        raise BadRequest(f"the archive is not a sound zip file: {error!s:.300}") from None
     except OSError as error:
         if error.errno == errno.EINVAL:  # zipfile has been led before the beginning of the file
             raise BadRequest("the archive is not a sound zip file: it is cut off") from None
         if error.errno in (errno.ENAMETOOLONG, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.EILSEQ):
-            raise BadRequest(f"the archive holds a path that cannot be: {error}") from None
+            raise BadRequest(f"the archive holds a path that cannot be: {error!s:.300}") from None
         raise StorageError(f"the archive cannot be unpacked: {error}") from None
     return read_layout(folder, [entry.filename for entry in entries])
 
 
-def check_entries(entries: list[Any]) -> None:
-    """Raise BadRequest or TooLarge for a list of zip entries that no honest project has."""
+def check_entries(entries: list[Any], end: int) -> None:
+    """Raise BadRequest or TooLarge for zip entries, up to a place in the file, that no honest project has."""
     if len(entries) > ARCHIVE_ENTRIES:
         raise TooLarge(f"the archive has {len(entries)} entries; at most {ARCHIVE_ENTRIES} are allowed")
     files: set[tuple[str, ...]] = set()
@@ -958,9 +976,10 @@ def check_entries(entries: list[Any]) -> None:
             raise BadRequest(f"the archive holds {name!r:.100} twice or too deep")
         files.add(parts)
         folders.update(parts[:depth] for depth in range(1, len(parts)))
-    for entry, following in itertools.pairwise(sorted(entries, key=lambda entry: entry.header_offset)):
-        if entry.header_offset + ZIP_HEADER_BYTES + entry.compress_size > following.header_offset:
+    for entry in sorted(entries, key=lambda entry: -entry.header_offset):
+        if entry.header_offset + ZIP_HEADER_BYTES + entry.compress_size > end:
             raise BadRequest("the archive is not a sound zip file: its entries overlap")
+        end = entry.header_offset
     if len(files | folders) > ARCHIVE_ENTRIES:
         raise TooLarge(f"the archive has more than {ARCHIVE_ENTRIES} files and folders")
 
@@ -984,6 +1003,8 @@ def extract(entry: Any, source: IO[bytes], folder: Path, budget: int) -> int:
             if size > budget:
                 raise TooLarge(f"the archive unpacks to more than {ARCHIVE_BYTES // MIB} MiB")
             target.write(chunk)
+    if size != entry.file_size:
+        raise BadRequest(f"the archive is not a sound zip file: {entry.filename!r:.100} has not the size it claims")
     path.chmod((mode or 0o644) | stat.S_IRUSR | stat.S_IWUSR)
     return size
 
@@ -994,16 +1015,18 @@ def read_layout(folder: Path, names: list[str]) -> Layout:
 
     found = [name for name in names if name.split("/")[-1] == "scrapy.cfg"]
     if len(found) != 1:
-        listed = f"several scrapy.cfg: {', '.join(found[:5])}" if found else "no scrapy.cfg"
+        listed = f"several scrapy.cfg: {', '.join(found):.300}" if found else "no scrapy.cfg"
         raise BadRequest(f"the archive has {listed}; it must hold one project with one scrapy.cfg")
     if found[0].count("/") > 1:
-        raise BadRequest(f"{found[0]} is too deep; scrapy.cfg must be at the root of the archive or one folder down")
+        raise BadRequest(f"{found[0]:.300} is too deep; scrapy.cfg must be at the archive's root or one folder down")
+    if (folder / found[0]).stat().st_size > CONFIG_BYTES:
+        raise TooLarge(f"scrapy.cfg is longer than {CONFIG_BYTES} bytes")
     config = configparser.ConfigParser(interpolation=None)
     try:
         config.read_string((folder / found[0]).read_text(encoding="utf-8-sig"))
         name = config.get("deploy", "project", fallback="").strip()
     except (configparser.Error, UnicodeDecodeError) as error:
-        raise BadRequest(f"scrapy.cfg cannot be read: {error}") from None
+        raise BadRequest(f"scrapy.cfg cannot be read: {error!s:.500}") from None
     if not name:
         raise BadRequest("scrapy.cfg does not name the project; it needs [deploy] with 'project = NAME'")
     if not is_project_name(name):
@@ -1012,6 +1035,8 @@ def read_layout(folder: Path, names: list[str]) -> Layout:
             "the first not '.' or '-'"
         )
     settings = config.get("settings", name, fallback=config.get("settings", "default", fallback=""))
+    if not settings.isprintable():
+        raise BadRequest(f"scrapy.cfg names the settings {settings!r:.100}, which cannot be a module")
     return Layout(name, os.path.dirname(found[0]), settings.strip())
 
 
@@ -2439,7 +2464,7 @@ def read_fields(headers: Mapping[str, str], pieces: Iterator[bytes]) -> Iterator
 def save_pieces(pieces: Iterator[bytes], path: Path) -> None:
     """Write pieces to a new file as they come. Raise StorageError when the disk does not take them."""
     try:
-        file = open(path, "xb", buffering=0)  # noqa: SIM115
+        file = open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb", buffering=0)  # noqa: SIM115
     except OSError as error:
         raise StorageError(f"the upload cannot be stored: {error}") from None
     with file:

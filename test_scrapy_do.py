@@ -35,6 +35,7 @@ import urllib.parse
 import uuid
 import warnings
 import zipfile
+import zlib
 import zoneinfo
 
 import hypothesis
@@ -1196,6 +1197,96 @@ def test_the_state_file_has_a_line_for_each_job_and_is_private(site, tmp_path):
     assert (tmp_path / "data").stat().st_mode & 0o777 == 0o700
 
 
+def exposed(folder):
+    """Return what a daemon has made in its folder, but for what its spiders keep, and not for itself alone."""
+    own = [path for path in folder.rglob("*") if len(path.relative_to(folder).parts) <= 2 and path.parent.name != "spider-data"]
+    return [path for path in [folder, *own] if path.lstat().st_mode & 0o077]
+
+
+@pytest.mark.parametrize("mask", ["000", "022"])
+def test_all_files_are_private_at_any_time(outside, tmp_path, mask):
+    command = ("/bin/sh", "-c", f'umask {mask}; exec "$@"', "sh", sys.executable, str(MODULE))
+    site, folder = outside(command=command), tmp_path / "data"
+    project = plus(("list.sh", f"echo on > {tmp_path}/on; {until(tmp_path / 'gate')} echo hold"), ("hold.sh", HOLD), ("sub/text", ""))
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        pushed = pool.submit(site.push, project)
+        wait_for((tmp_path / "on").exists)
+        during = exposed(folder), len(list((folder / "work").iterdir()))
+        (tmp_path / "gate").touch()
+        assert pushed.result()["spiders"] == ["hold"]
+    assert during == ([], 3)  # the upload, its tree, and what `scrapy list` prints
+    job = site.schedule("hold")
+    wait_for(lambda: site.log(job, "out") == "started\n")
+    assert len(list((folder / "work").iterdir())) == 2
+    assert exposed(folder) == []
+    assert {path.name for path in folder.iterdir()} == {"lock", "state.json", "projects", "logs", "work", "spider-data"}
+    release(tmp_path)
+    site.wait_job(job)
+    assert exposed(folder) == []
+    assert folder.stat().st_mode & 0o7777 == 0o700
+
+
+@pytest.mark.parametrize("mode", [0o770, 0o702, 0o1777], ids=oct)
+def test_a_data_folder_that_others_may_write_to_is_refused(tmp_path, mode):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    (folder / "mine").write_text("x")
+    folder.chmod(mode)
+    before = folder_contents(folder)
+    status, said = run_main("--port", "0", "--data-dir", str(folder))
+    assert (status, said.count("\n"), f"'chmod 700 {folder}'" in said) == (1, 1, True)
+    assert (folder_contents(folder), folder.stat().st_mode & 0o7777) == (before, mode)
+
+
+def test_an_empty_data_folder_and_loose_folders_in_it_become_private(outside, tmp_path):
+    folder, large = tmp_path / "data", tmp_path / "large"
+    for path in (folder, large):
+        path.mkdir()
+        path.chmod(0o777)
+    site = outside()
+    assert exposed(folder) == []
+    site.stop()
+    for name in ("projects", "logs", "work"):
+        (folder / name).chmod(0o777)
+    (folder / "spider-data").rmdir()
+    (folder / "spider-data").symlink_to(large)  # on a larger disk, say, where others are to read it
+    folder.chmod(0o755)
+    site.start()
+    assert [path for path in exposed(folder) if not path.is_symlink()] == [folder]
+    assert [path.stat().st_mode & 0o777 for path in (folder, large)] == [0o755, 0o777]
+
+
+def test_links_in_the_data_folder_are_not_followed(outside, tmp_path):
+    site = outside("--job-slots", "1")
+    folder, victim, others = tmp_path / "data", tmp_path / "victim", tmp_path / "others"
+    site.push(hold=HOLD, talk="echo out; echo err >&2")
+    victim.write_text("mine")
+    others.mkdir()
+    (others / "file").write_text("mine")
+    site.wait_job(site.schedule("hold"), "RUNNING")
+    for stream in ("out", "err"):  # for the next job
+        (folder / "logs" / f"{(job := site.schedule('talk'))}.{stream}").symlink_to(victim)
+        assert site.request("GET", f"/get-log/data/{job}.{stream}")[0] == 404
+    (folder / "state.json.new").symlink_to(victim)
+    assert site.try_post("schedule-job", project="shop", spider="talk", when="now")[0] == 507
+    (folder / "state.json.new").unlink()
+    release(tmp_path)
+    wait_for(lambda: not site.jobs("ACTIVE"))
+    assert [("symbolic link" in job["reason"], job["spider"]) for job in site.jobs("FAILED")] == [(True, "talk")] * 2
+    site.stop()
+    shutil.rmtree(folder / "work")
+    (folder / "work").symlink_to(others)
+    (folder / "state.json.new").symlink_to(victim)
+    site.start()
+    assert site.wait_job(site.schedule("talk"))["status"] == "SUCCESSFUL"
+    assert (folder / "work").lstat().st_mode == stat.S_IFDIR | 0o700
+    site.stop()
+    (folder / "lock").unlink()
+    (folder / "lock").symlink_to(victim)
+    assert "Too many levels of symbolic links" in run_main("--port", "0", "--data-dir", str(folder))[1]
+    assert (victim.read_text(), (others / "file").read_text(), os.listdir(others)) == ("mine", "mine", ["file"])
+
+
 def test_a_reason_that_is_not_utf_8_can_be_saved():
     """Such a file name once ended the writer's thread; os.fsdecode makes surrogates of it."""
     reason = "no such file: " + os.fsdecode(b"\xff")
@@ -1690,17 +1781,87 @@ def plus(*entries, bundle_of=None):
     return pack(*sound.items(), *entries, bundle_of=bundle_of)
 
 
-FORGED = {"flags": (6, "<H"), "method": (8, "<H"), "time": (10, "<I"), "crc": (14, "<I"), "size": (22, "<I")}
+def streamed(*entries):
+    """Return the archive of a sound project as a program writes it that cannot go back: sizes come after the data."""
+
+    class Pipe(io.BytesIO):
+        def seekable(self):
+            return False
+
+        def tell(self):
+            raise OSError
+
+    with zipfile.ZipFile(io.BytesIO(plus(*entries))) as bundle, zipfile.ZipFile(pipe := Pipe(), "w", DEFLATED) as other:
+        for name in bundle.namelist():
+            other.writestr(name, bundle.read(name))
+    return pipe.getvalue()
 
 
-def forge(archive, name, **fields):
-    """Overwrite fields in both headers of an entry, which lie about the content from then on."""
+FORGED = {"flags": (6, "<H"), "method": (8, "<H"), "time": (10, "<I"), "crc": (14, "<I"), "packed": (18, "<I"), "size": (22, "<I")}
+
+
+def forge(archive, name, headers=("local", "central"), **fields):
+    """Overwrite fields in the headers of an entry, which lie about the content from then on."""
     forged = bytearray(archive)
-    for header, shift in ((archive.index(name.encode()) - 30, 0), (archive.rindex(name.encode()) - 46, 2)):
-        for field, value in fields.items():
-            place, form = FORGED[field]
-            struct.pack_into(form, forged, header + place + shift, value)
+    places = {"local": archive.index(name.encode()) - 30, "central": archive.rindex(name.encode()) - 46 + 2}
+    for header, (field, value) in itertools.product(headers, fields.items()):
+        place, form = FORGED[field]
+        struct.pack_into(form, forged, places[header] + place, value)
     return bytes(forged)
+
+
+def forge_end(archive, place, form, value):
+    """Overwrite a field of the record at the end of an archive."""
+    forged = bytearray(archive)
+    struct.pack_into(form, forged, archive.rindex(b"PK\5\6") + place, value)
+    return bytes(forged)
+
+
+def zip64(**lies):
+    """Return an archive whose last entry has its sizes and its place in a zip64 field, where they may lie."""
+    content, name = b"x" * 50, b"evil"
+    archive = plus(("evil", content, 0o644, STORED))
+    truth = {"size": 50, "packed": 50, "place": archive.index(name) - 30}
+    field = struct.pack("<HHQQQ", 1, 24, *(truth | lies).values())
+    header, end = archive.rindex(name) - 46, archive.rindex(b"PK\5\6")
+    record = bytearray(archive[header:end] + field)
+    for place in (20, 24, 42):
+        struct.pack_into("<I", record, place, 0xFFFFFFFF)
+    struct.pack_into("<H", record, 30, len(field))
+    grown = archive[:header] + bytes(record) + archive[end:]
+    return forge_end(grown, 12, "<I", struct.unpack_from("<I", archive, end + 12)[0] + len(field))
+
+
+def zip64_end(size, place, disk=0, disks=1):
+    """Return an archive with a zip64 record at its end that lies about the list of entries."""
+    archive = plus(("evil", "x"))
+    end = archive.rindex(b"PK\5\6")
+    record = b"PK\6\6" + struct.pack("<QHHIIQQQQ", 44, 45, 45, 0, 0, 4, 4, size, place)
+    return archive[:end] + record + b"PK\6\7" + struct.pack("<IQI", disk, end, disks) + archive[end:]
+
+
+def repeat(name, count, size=0):
+    """Return a zip whose list has one entry many times: small to send and large to list."""
+    local = b"PK\3\4" + struct.pack("<HHHHHIIIHH", 20, 0, 0, 0, 33, 0, size, size, len(name), 0) + name
+    entry = b"PK\1\2" + struct.pack("<HHHHHHIIIHHHHHII", 788, 20, 0, 0, 0, 33, 0, size, size, len(name), *[0] * 6) + name
+    return local + entry * count + b"PK\5\6" + struct.pack("<HHHHIIH", 0, 0, *[count & 0xFFFF] * 2, len(entry) * count, len(local), 0)
+
+
+def add_nested(bundle):
+    """Add entries each of whose data begins with the record of the one before, as Fifield's bomb of 2019 has them."""
+    packer = zlib.compressobj(9, zlib.DEFLATED, -15)
+    kernel = packer.compress(bytes(300_000)) + packer.flush()
+    records = []
+    for number in range(20):
+        info = zipfile.ZipInfo(f"bomb{number}")
+        info.compress_type, info.file_size, info.CRC = DEFLATED, 300_000, zlib.crc32(bytes(300_000))
+        info.compress_size, info.create_system, info.external_attr = len(kernel) + 50 * (20 - number), 3, 0o644 << 16
+        info.header_offset = bundle.start_dir + sum(map(len, records))
+        records.append(info.FileHeader(zip64=False))
+        bundle.filelist.append(info)
+    bundle.fp.seek(bundle.start_dir)
+    bundle.fp.write(b"".join(records) + kernel)
+    bundle.start_dir = bundle.fp.tell()
 
 
 def add_overlapping(bundle):
@@ -1750,6 +1911,17 @@ REFUSED_ARCHIVES = {
     "cut at the end": (lambda: SOUND_ARCHIVE[:-30], 400, "not a sound zip"),
     "cut in the middle": (lambda: SOUND_ARCHIVE[: len(SOUND_ARCHIVE) // 2], 400, "not a sound zip"),
     "cut at the start": (lambda: SOUND_ARCHIVE[40:], 400, "not a sound zip"),
+    "two ends": (lambda: SOUND_ARCHIVE + SOUND_ARCHIVE[SOUND_ARCHIVE.rindex(b"PK\5\6") :], 400, "not a sound zip"),
+    "much behind the end": (lambda: SOUND_ARCHIVE + bytes(70_000), 400, "not a sound zip"),
+    "nothing but an end": (lambda: b"PK\5\6" + bytes(18), 400, "no scrapy.cfg"),
+    "list longer than it is": (lambda: forge_end(SOUND_ARCHIVE, 12, "<I", 2**31), 400, "not a sound zip"),
+    "list shorter than it is": (lambda: forge_end(SOUND_ARCHIVE, 12, "<I", 60), 400, "not a sound zip"),
+    "list elsewhere": (lambda: forge_end(SOUND_ARCHIVE, 16, "<I", 2**31), 400, "not a sound zip"),
+    "list at the start": (lambda: forge_end(SOUND_ARCHIVE, 16, "<I", 0), 400, "not a sound zip"),
+    "zip64 end elsewhere": (lambda: zip64_end(2**63, 2**63 + 5), 400, "not a sound zip"),
+    "zip64 end of all ones": (lambda: zip64_end(2**64 - 1, 2**64 - 1), 400, "not a sound zip"),
+    "several disks": (lambda: zip64_end(0, 0, disk=3, disks=9), 400, "multiple disks"),
+    "zip in a zip": (lambda: pack(("shop.zip", SOUND_ARCHIVE)), 400, "no scrapy.cfg"),
     "zip without entries": (lambda: pack(), 400, "no scrapy.cfg"),
     # scrapy.cfg
     "no scrapy.cfg": (lambda: pack(("spiders.txt", "quick")), 400, "no scrapy.cfg"),
@@ -1762,6 +1934,12 @@ REFUSED_ARCHIVES = {
     "project without a name": (lambda: named(""), 400, "does not name the project"),
     "empty scrapy.cfg": (lambda: config(""), 400, "does not name the project"),
     "not UTF-8": (lambda: config(b"[deploy]\nproject = sklep\xb1\n"), 400, "scrapy.cfg cannot be read"),
+    "binary": (lambda: config(bytes(range(128)) * 9), 400, "scrapy.cfg cannot be read"),
+    "link as scrapy.cfg": (lambda: pack(("scrapy.cfg", "/etc/passwd", 0o120777)), 400, "neither a file nor a folder"),
+    "bomb as scrapy.cfg": (lambda: config("[deploy]\nproject = shop\n" + "#\n" * 450_000), 413, "scrapy.cfg is longer than 16384"),
+    "long nonsense in scrapy.cfg": (lambda: config("[deploy]\n" + "x\n" * 8000), 400, "scrapy.cfg cannot be read"),
+    "interpolation": (lambda: named("%(x)s\nx = shop"), 400, "'%(x)s' is not allowed"),
+    "settings with NUL": (lambda: named("shop\n[settings]\ndefault = a\0b"), 400, "cannot be a module"),
     "UTF-16": (lambda: config("[deploy]\nproject = shop\n".encode("utf-16")), 400, "scrapy.cfg cannot be read"),
     "section twice": (lambda: config("[deploy]\nproject = a\n[deploy]\nproject = b\n"), 400, "scrapy.cfg cannot be read"),
     "option twice": (lambda: config("[deploy]\nproject = a\nproject = b\n"), 400, "scrapy.cfg cannot be read"),
@@ -1787,6 +1965,12 @@ REFUSED_ARCHIVES = {
     "nested too deep": (lambda: plus(("x/" * 60 + "x", "x")), 400, "too deep"),
     "file twice": (lambda: plus(("a", "x"), ("a", "y")), 400, "twice"),
     "file and folder": (lambda: plus(("a", "x"), ("a/", "")), 400, "twice"),
+    "file and scrapy.cfg/": (lambda: plus(("scrapy.cfg/", "")), 400, "twice"),
+    "file in scrapy.cfg": (lambda: plus(("scrapy.cfg/x", "x")), 400, "path that cannot be"),
+    "root": (lambda: plus(("/", "")), 400, "unsafe path"),
+    "no name at all": (lambda: plus(("", "x")), 400, "unsafe path"),
+    "way out at the end": (lambda: plus(("a/..", "x")), 400, "unsafe path"),
+    "way out by backslashes": (lambda: plus(("a\\..\\..\\evil", "x")), 400, "unsafe path"),
     "file in a file": (lambda: plus(("a", "x"), ("a/b", "x")), 400, "path that cannot be"),
     "file over a folder": (lambda: plus(("a/b", "x"), ("a", "x")), 400, "path that cannot be"),
     # kinds of entries
@@ -1799,7 +1983,22 @@ REFUSED_ARCHIVES = {
     "bzip2": (lambda: plus(("evil", "x", 0o644, BZIP2)), 400, "zip it plainly"),
     "lzma": (lambda: plus(("evil", "x", 0o644, LZMA)), 400, "zip it plainly"),
     "unknown compression": (lambda: forge(plus(("evil", "x")), "evil", method=99), 400, "zip it plainly"),
+    "zstd": (lambda: forge(plus(("evil", "x")), "evil", method=93), 400, "zip it plainly"),
+    "strong encryption": (lambda: forge(plus(("evil", "x")), "evil", flags=0x40), 400, "not a sound zip"),
+    "patch": (lambda: forge(plus(("evil", "x")), "evil", flags=0x20), 400, "not a sound zip"),
     # content
+    "other name in the list": (lambda: plus(("evil", "x")).replace(b"evil", b"good", 1), 400, "not a sound zip"),
+    "longer than it says": (lambda: forge(plus(("evil", "x" * 5000)), "evil", size=10), 400, "not a sound zip"),
+    "shorter than it says": (lambda: forge(plus(("evil", "x" * 5000)), "evil", size=9999), 400, "has not the size it claims"),
+    "stored, shorter than it says": (lambda: forge(plus(("evil", "x" * 50, 0o644, STORED)), "evil", size=51), 400, "not a sound zip"),
+    "stored, longer than it says": (lambda: forge(plus(("evil", "x" * 50, 0o644, STORED)), "evil", size=49), 400, "not a sound zip"),
+    "packed shorter than it says": (lambda: forge(plus(("evil", "x" * 5000)), "evil", packed=500), 400, "entries overlap"),
+    "packed longer than it says": (lambda: forge(plus(("evil", "x" * 5000)), "evil", packed=5), 400, "not a sound zip"),
+    **{
+        f"zip64 {field} {value:#x}": (lambda field=field, value=value: zip64(**{field: value}), 400, "not a sound zip")
+        for field in ("size", "packed", "place") for value in (0, 49, 99, 2**31, 2**63 - 1, 2**63, 2**64 - 1)
+    },
+    "nested bomb": (lambda: plus(bundle_of=add_nested), 400, "entries overlap"),
     "bad checksum": (lambda: forge(plus(("evil", "x")), "evil", crc=1), 400, "not a sound zip"),
     "bad data": (lambda: plus(("evil", "x" * 99, 0o644, STORED)).replace(b"x" * 99, b"y" * 99), 400, "not a sound zip"),
     "broken deflate": (lambda: forge(plus(("evil", "\xff" * 9, 0o644, STORED)), "evil", method=8), 400, "not a sound zip"),
@@ -1844,6 +2043,24 @@ def test_a_hundred_thousand_entries_are_refused(outside, tmp_path):
     (path := tmp_path / "many.zip").write_bytes(plus(bundle_of=add_many))
     assert "100003 entries" in push_file(site, path)["msg"]
     assert folder_contents(tmp_path / "data") == before
+
+
+def peak_memory(client):
+    """Return the most MiB that the process of a daemon has had."""
+    lines = pathlib.Path(f"/proc/{client.process.pid}/status").read_text().splitlines()
+    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM"))
+
+
+def test_a_million_entries_and_a_bomb_cost_little_memory(outside, tmp_path):
+    site = outside()
+    site.push()
+    before = folder_contents(tmp_path / "data"), peak_memory(site)
+    bomb = config(bytes(100 * scrapy_do.MIB))
+    for archive, reason in ((repeat(b"evil", 1_000_000), "list of entries is longer"), (bomb, "scrapy.cfg is longer")):
+        (path := tmp_path / "hostile.zip").write_bytes(archive)
+        assert reason in push_file(site, path)["msg"]
+    assert folder_contents(tmp_path / "data") == before[0]
+    assert peak_memory(site) - before[1] < 40
 
 
 def test_an_archive_in_another_field_is_refused(site, tmp_path):
@@ -1896,6 +2113,68 @@ def test_without_scrapy_a_push_says_what_to_do(inside, tmp_path, scrapy, reason)
     assert folder_contents(tmp_path / "data") == before
 
 
+def unpacked(data):
+    """Unpack an archive where every refusal is a ScrapyDoError, check what has come out, and tell whether it passed."""
+    with tempfile.TemporaryDirectory() as place:
+        archive, folder = pathlib.Path(place) / "archive", pathlib.Path(place) / "folder"
+        archive.write_bytes(data)
+        refusal = None
+        try:
+            scrapy_do.unpack(archive, folder)
+        except scrapy_do.ScrapyDoError as error:
+            refusal = error
+        assert refusal is None or (refusal.status in (400, 413) and len(str(refusal)) < 500)
+        assert set(os.listdir(place)) <= {"archive", "folder"}
+        for path in folder.rglob("*"):
+            mode = path.lstat().st_mode
+            assert stat.S_ISREG(mode) or stat.S_ISDIR(mode), path
+            assert mode & 0o7600 == 0o600, path
+        return refusal is None
+
+
+HONEST_ARCHIVE = plus(("a/b/text", "hi\n" * 20), ("tool", "#!/bin/sh\n", 0o100755), ("a/", ""))
+
+
+@pytest.mark.parametrize("archive", [HONEST_ARCHIVE, streamed(("text", "hi\n")), zip64()], ids=["plain", "streamed", "zip64"])
+def test_an_archive_that_is_cut_anywhere_is_refused(archive):
+    assert unpacked(archive)
+    assert [cut for cut in range(0, len(archive), 5) if unpacked(archive[:cut])] == []
+    assert unpacked(archive[:-1]) is False
+
+
+SPLICES = st.lists(st.tuples(st.sampled_from(["flip", "set", "cut", "insert", "copy", "swap"]), *[st.integers(0, 2**16)] * 3), min_size=1, max_size=4)
+ODD_BYTES = st.binary(max_size=4) | st.sampled_from([b"PK\1\2", b"PK\3\4", b"PK\5\6", b"\0\0\0\0", b"\xff\xff\xff\xff", b"../", b"\0"])
+
+
+def splice(data, changes, odd):
+    """Return bytes that are spoiled here and there, as often as not in the headers of a zip archive."""
+    data = bytearray(data)
+    for kind, place, other, length in changes:
+        headers = [match.start() for match in re.finditer(b"PK[\1\3\5]", data)] or [0]
+        at = place % (len(data) + 1) if length % 3 else min(headers[place % len(headers)] + other % 46, len(data))
+        end = min(at + 1 + length % 50, len(data))
+        if kind == "flip" and at < len(data):
+            data[at] ^= 1 << other % 8
+        elif kind == "set":
+            data[at : at + len(odd)] = odd
+        elif kind == "cut":
+            del data[at:end]
+        elif kind == "insert":
+            data[at:at] = odd
+        elif kind == "copy":
+            data[other % (len(data) + 1) : 0] = data[at:end]
+        elif kind == "swap":
+            start = headers[other % len(headers)]
+            data[start : start + end - at] = data[at:end]
+    return bytes(data)
+
+
+@hypothesis.settings(max_examples=400, deadline=None, database=None)
+@hypothesis.given(st.sampled_from([HONEST_ARCHIVE, streamed(("text", "hi\n")), zip64(), zip64_end(94, 162)]), SPLICES, ODD_BYTES)
+def test_a_spoiled_archive_is_unpacked_within_its_folder_or_refused(archive, changes, odd):
+    unpacked(splice(archive, changes, odd))
+
+
 def git_archive():
     """Return what `git archive` makes of a project, with a comment, folder entries and all."""
     with tempfile.TemporaryDirectory() as folder:
@@ -1944,6 +2223,27 @@ ACCEPTED_ARCHIVES = {  # name: (how to make it, the project's name, what its spi
     "no date": (lambda: forge(plus(("text", "hi\n")), "text", time=0), "shop", "hi\n"),
     "stored": (lambda: plus(("text", "hi\n", 0o644, STORED)), "shop", "hi\n"),
     "unreadable mode": (lambda: plus(("text", "hi\n", 0o100000)), "shop", "hi\n"),
+    "comment of 64 KiB": (lambda: forge_end(plus(("text", "hi\n")), 20, "<H", 65535) + b"c" * 65535, "shop", "hi\n"),
+    "zip before it": (lambda: SOUND_ARCHIVE + plus(("text", "hi\n")), "shop", "hi\n"),
+    "little behind it": (lambda: plus(("text", "hi\n")) + bytes(99), "shop", "hi\n"),
+    "zip64": (lambda: zip64(), "shop", ""),
+    "one disk of several": (lambda: forge_end(plus(("text", "hi\n")), 4, "<H", 3), "shop", "hi\n"),
+    "wrong count": (lambda: forge_end(plus(("text", "hi\n")), 10, "<H", 999), "shop", "hi\n"),
+    "lies that the list puts right": (
+        lambda: forge(plus(("text", "hi\n")), "text", ["local"], size=7, packed=7, crc=7, method=99, flags=1), "shop", "hi\n",
+    ),
+    "month 15": (lambda: forge(plus(("text", "hi\n")), "text", time=0x01FF << 16 | 0xFFFF), "shop", "hi\n"),
+    "zip within": (lambda: plus(("text", "hi\n"), ("a.zip", SOUND_ARCHIVE)), "shop", "hi\n"),
+    "names almost alike": (lambda: plus(("Text", ""), ("text", "hi\n"), ("\u00e9", ""), ("e\u0301", "")), "shop", "hi\n"),
+    "names that are ways out elsewhere": (
+        lambda: plus(("text", "hi\n"), ("C:/evil", ""), ("%2e%2e/evil", ""), ("．．/evil", ""), ("~/evil", ""), (".../evil", ""),
+                     ("\u202ea\nb", "")), "shop", "hi\n",
+    ),
+    "name in cp437": (lambda: plus(("text", "hi\n"), ("evilX", "")).replace(b"evilX", b"z\x88\xfe\xffX"), "shop", "hi\n"),
+    "data descriptors": (lambda: streamed(("text", "hi\n")), "shop", "hi\n"),
+    "scrapy.cfg in the folder of another name": (
+        lambda: plus(("text", "hi\n"), ("scrapy.cfg.d/x", ""), ("my-scrapy.cfg", "")), "shop", "hi\n",
+    ),
     "shell script before it": (lambda: b"#!/bin/sh\nexit 1\n" + plus(("text", "hi\n")), "shop", "hi\n"),
 }  # fmt: skip
 
@@ -3775,12 +4075,17 @@ def test_unusual_but_sound_head_is_answered(site, head):
     [
         "../state.json", "../../state.json", "%2e%2e/state.json", "..%2fstate.json", "%2e%2e%2fstate.json", "{}.out%00",
         "{}%00.out", "{}.out/", "./{}.out", "%2e/{}.out", "{}.out%0a", "{}", "{}.zip", "{}.OUT", "%zz", "%", "", "/{}.out",
-        "..%5cstate.json", "%252e%252e%252fstate.json", "x/../{}.out", ".out",
+        "..%5cstate.json", "%252e%252e%252fstate.json", "x/../{}.out", ".out", "{}.out.", "{}.out%20", "{}.out%09", "{}.out;x=1",
+        "..;/{}.out", "{}.out/../{}.err", "{}.out/..", "{}.out#x", "\\{}.out", "%5c{}.out", "{}.out%2500", "{}%2eout%2f", "{upper}.out",
+        "..%ef%bc%8fstate.json", "..%c0%afstate.json", "%c0%ae%c0%ae/state.json", "{}.out%c0%80", "%e0%80%ae%e0%80%ae/state.json",
+        "{{{}}}.out", "urn:uuid:{}.out", "%u002e%u002e/state.json", "{}.%6fut.", "{}.out%0d%0aX:%20y",
     ],
 )  # fmt: skip
-def test_odd_path_to_a_log_is_404(shop, path):
-    identifier = shop.schedule(when="every 9 days")
-    check_refusal(speak(shop, head_of("/get-log/data/" + path.format(identifier))), 404)
+@pytest.mark.parametrize("start", ["", "http://localhost", "HTTP://LOCALHOST:80"], ids=["path", "address", "address and port"])
+def test_odd_path_to_a_log_is_refused(shop, path, start):
+    identifier = shop.schedule(when="every 9 days").replace("0", "a")
+    target = f"{start}/get-log/data/{path.format(*[identifier] * 2, upper=identifier.upper())}"
+    check_refusal(speak(shop, head_of(target)), 400 if "%c0" in path or "%e0" in path else 404)
 
 
 def test_random_bytes_as_a_head_are_refused(site):
@@ -4403,6 +4708,53 @@ def test_tls_options_serve_https_with_an_encrypted_key(outside, tmp_path):
         assert str(tmp_path / "key.pem") in said
 
 
+def test_no_secret_of_the_daemon_reaches_a_spider_or_the_process_list(outside, tmp_path):
+    make_certificate(tmp_path, password="kluczyk")
+    for name, text in (("password", "kluczyk\n"), ("users", "ala:tajemnica\n")):
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o600)
+    files = {"cert": "cert.pem", "key": "key.pem", "password-file": "password"}
+    options = [word for name, path in files.items() for word in (f"--tls-{name}", str(tmp_path / path))]
+    site = outside(*options, "--auth-file", str(tmp_path / "users"))
+    seen = {}
+
+    def look(process):
+        """Look at a process that sleeps."""
+        proc = pathlib.Path(f"/proc/{process.pid}")
+        seen[proc] = [(proc / name).read_bytes() for name in ("cmdline", "environ")]
+        assert sorted(os.listdir(proc / "fd")) == ["0", "1", "2"]
+
+    def wait_sleep():
+        daemon = psutil.Process(site.process.pid)
+        return wait_for(lambda: next((child for child in daemon.children() if child.name() == "sleep"), None))
+
+    def ask(path, *more):
+        status, answer = curl(site, path, "--cacert", str(tmp_path / "cert.pem"), "-u", "ala:tajemnica", *more, scheme="https")
+        assert status == 200, answer
+        return answer
+
+    scripts = {"list.sh": f"[ ! -e {tmp_path}/first ] || exec sleep 99; echo > {tmp_path}/first; echo hold", "hold.sh": "exec sleep 99"}
+    (tmp_path / "shop.zip").write_bytes(make_zip({"scrapy.cfg": CONFIG, **scripts}))
+    push = ("/push-project.json", "-F", f"archive=@{tmp_path}/shop.zip")
+    ask(*push)
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        pushed = pool.submit(ask, *push)
+        look(child := wait_sleep())  # `scrapy list`
+        child.kill()
+        assert "exit code -9" in str(pushed.exception())
+    job = ask("/schedule-job.json", "-d", "project=shop&spider=hold&when=now")["identifier"]
+    look(wait_sleep())
+    ask("/cancel-job.json", "-d", f"id={job}")
+    assert curl(site, "/status.json", "-k", "--digest", "-u", "ala:tajemnik", scheme="https")[0] == 401
+    seen["daemon"] = [pathlib.Path(f"/proc/{site.process.pid}/{name}").read_bytes() for name in ("cmdline", "environ")]
+    site.stop()
+    secrets = ["tajemnica", "tajemnik", "kluczyk", (tmp_path / "key.pem").read_text().splitlines()[1]]
+    kept = [path.read_bytes() for path in (tmp_path / "data").rglob("*") if path.is_file()]
+    texts = [*itertools.chain(*seen.values()), site.log_path.read_bytes(), *kept]
+    assert len(seen) == 3
+    assert [secret for secret in secrets for text in texts if secret.encode() in text] == []
+
+
 def test_a_renewed_certificate_is_used_without_a_restart(encrypted, tmp_path, capsys):
     old = (tmp_path / "old.pem").write_bytes((tmp_path / "cert.pem").read_bytes()) and ("--cacert", str(tmp_path / "old.pem"))
     (tmp_path / "cert.pem").write_text("half a certificate")
@@ -4577,7 +4929,7 @@ FIELDS = st.dictionaries(NAMES, TEXTS | SNAGS.map("".join), max_size=5)
 @hypothesis.settings(max_examples=200, deadline=None, database=None)
 @hypothesis.given(FIELDS, PLACES)
 def test_any_text_survives_a_multipart_body(fields, places):
-    fields = {name: re.sub("(?<=\r\n)--xYz(?=-|\r|$)", "", value) for name, value in fields.items()}  # no delimiters
+    fields = {name: re.sub("(?<=\r\n)(--xYz)+(?=-|\r|$)", "", value) for name, value in fields.items()}  # no delimiters
     parts = [part_of(re.sub(r'(["\\])', r"\\\1", name), value.encode()) for name, value in fields.items()]
     assert plain(scrapy_do.multipart_fields(cut(b"\r\n".join([*parts, CLOSING]), places), b"xYz")) == list(fields.items())
 
@@ -4742,7 +5094,7 @@ def test_events_are_log_lines_that_cannot_be_faked(outside):
 def test_the_file_stays_short_enough_to_be_read():
     """Growing is a decision: whoever raises the number has looked for the simpler shape."""
     source = MODULE.read_text()
-    assert len(source.splitlines()) <= 3232
+    assert len(source.splitlines()) <= 3257
     banners = re.findall(r"^# ---- ([0-9]+)\. ", source, re.MULTILINE)
     assert banners == [str(number) for number in range(1, 10)]
 
