@@ -1390,6 +1390,9 @@ class Daemon:
             self._publish(draft)
             for change in batch:
                 change.done.set()
+        if self._store.is_behind:  # the disk may be good again; nobody tries later
+            with contextlib.suppress(StorageError):
+                self._store.write({})
 
     def _next_batch(self) -> list[Change] | None:
         """Wait for changes and return them; an empty list when it is time to try the disk again, None to end."""

@@ -36,6 +36,7 @@ import zipfile
 import zoneinfo
 
 import hypothesis
+import hypothesis.stateful
 import hypothesis.strategies as st
 import psutil
 import pytest
@@ -2767,6 +2768,505 @@ def test_status_counts_and_describes(site, tmp_path):
 )
 def test_a_time_span_leaves_zeros_out(seconds, text):
     assert scrapy_do.describe_seconds(seconds) == text
+
+
+# ---- 7. Daemon: any interleaving of calls and faults -----------------------------------------------------------------
+#
+# By hand for longer: STATEFUL_EXAMPLES=2000 python -m pytest -k interleaving
+
+
+class EagerClock(FakeClock):
+    """A fake clock on which a short wait, such as for a crawl that ignores SIGTERM, passes by itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.mover = threading.Lock()
+
+    def wait(self, condition, seconds):
+        if seconds is None or seconds > 1:
+            return super().wait(condition, seconds)
+        self.now += seconds
+        self.ticks += seconds
+
+    def advance(self, seconds, step=0.0):
+        with self.mover:
+            super().advance(seconds, step)
+
+
+class ParkingFaults(Faults):
+    """Faults that can also hold the writer up at their step, so that a test can look at what a crash would leave."""
+
+    def __init__(self, monkeypatch):
+        super().__init__(monkeypatch)
+        self.parked, self.go = threading.Event(), threading.Event()
+        self.go.set()
+
+    def fail(self):
+        if not self.go.is_set():
+            self.parked.set()
+            self.go.wait()
+        super().fail()
+
+
+class FakeCrawls:
+    """Starts crawls that have no process and end when a test says so; notes what must never be."""
+
+    def __init__(self, slots):
+        self.slots, self.lock, self.error = slots, threading.Lock(), 0
+        self.live, self.started, self.odd = {}, [], []
+
+    def __call__(self, command, folder, environment, out, err):
+        job, is_list = environment["SCRAPY_JOB"], command[-1] == "list"
+        with self.lock:
+            if not is_list:
+                self.started.append(job)
+            if self.error:
+                raise OSError(self.error, os.strerror(self.error))
+            out.write_text((folder / "spiders.txt").read_text() if is_list else "x")
+            err.touch()
+            crawl = FakeCrawl(self, job, folder, is_stubborn=environment["SCRAPY_SPIDER"] == "b")
+            if is_list:
+                crawl.end(0)
+                return crawl
+            if job in self.live:
+                self.odd.append(f"two live crawls of {job}")
+            self.live[job] = crawl
+            if len(self.live) > self.slots:
+                self.odd.append(f"{len(self.live)} crawls at once")
+        return crawl
+
+
+class FakeCrawl:
+    """What the daemon sees of a crawl."""
+
+    pid = 2**30  # no process has that number
+
+    def __init__(self, crawls, job, folder, is_stubborn):
+        self.crawls, self.job, self.folder, self.is_stubborn = crawls, job, folder, is_stubborn
+        self.is_over, self.ended_for = False, ""
+        self.code, self.ended = None, threading.Event()
+
+    def created(self):
+        return 1.0
+
+    def end(self, code):
+        """End, unless it has ended."""
+        if not self.ended.is_set():
+            self.code = code
+            self.ended.set()
+
+    def signal(self, number):
+        if number == signal.SIGKILL or not self.is_stubborn:
+            self.end(-number)
+
+    def wait(self):
+        self.ended.wait()
+        self.is_over = True
+        with self.crawls.lock:
+            self.crawls.live.pop(self.job, None)
+        return self.code
+
+
+FLOW = {  # from each status, those that may be seen later
+    "SCHEDULED": {"SCHEDULED", "CANCELED", "FAILED"},
+    "PENDING": {"PENDING", "RUNNING", "SUCCESSFUL", "FAILED", "CANCELED"},
+    "RUNNING": {"RUNNING", "SUCCESSFUL", "FAILED", "CANCELED"},
+    **{status: {status} for status in ("SUCCESSFUL", "FAILED", "CANCELED")},
+}
+ENDED = ("SUCCESSFUL", "FAILED", "CANCELED")
+FIXED = ("actor", "schedule", "project", "spider", "description", "payload")
+SHOPS = st.sampled_from(["shop", "other"])
+NUMBERS = st.integers(0, 9)
+WHEN = st.sampled_from(["now", "now", "now", "every 10 minutes", "every 1 to 2 hours", "every day at 10:30"])
+CALLS = st.sampled_from(["schedule"] * 4 + ["end"] * 3 + ["cancel"] * 2 + ["push", "remove", "advance", "read"]).flatmap(
+    lambda kind: st.tuples(st.just(kind), *{
+        "schedule": (NUMBERS, WHEN), "cancel": (NUMBERS,), "end": (NUMBERS, st.sampled_from([0, 0, 1, -9])),
+        "push": (SHOPS, st.sampled_from(["a", "ab", "ab", ""])), "remove": (SHOPS,), "read": (),
+        "advance": (st.sampled_from([60, 600, 7200]), st.sampled_from([0, 0, -3600])),
+    }[kind])
+)  # fmt: skip
+SLOTS, CAP = 2, 4
+UNKNOWN = str(uuid.UUID(int=0))
+ERRORS = (errno.ENOSPC, errno.EIO, errno.EROFS, errno.EMFILE)
+
+
+class Interleavings(hypothesis.stateful.RuleBasedStateMachine):
+    """Call a daemon in any order, several calls at once, under any fault, and compare it with what it acknowledged."""
+
+    def __init__(self):
+        super().__init__()
+        self.patch = pytest.MonkeyPatch()
+        self.patch.setattr(scrapy_do, "RETRY_SECONDS", 0.1)
+        self.faults, self.start_error = ParkingFaults(self.patch), 0
+        self.home, self.numbers = pathlib.Path(tempfile.mkdtemp()), itertools.count()
+        self.clock, self.lock = EagerClock(), threading.Lock()
+        self.projects = {}  # a name and its spiders, as acknowledged
+        self.may_be = {}  # of a project that several calls changed at once, or one without an answer: what it may be
+        self.made = {}  # acknowledged jobs by description, which is another one for each
+        self.may_be_made = set()  # the descriptions of jobs that a crash has left without an answer
+        self.canceled, self.may_be_canceled, self.gone = set(), set(), set()
+        self.codes = {}  # exit codes of jobs that have just ended by themselves
+        self.views = {}  # the jobs when all was quiet last,
+        self.saved = {}  # and when all was quiet last and the disk good
+        self.touched = set()  # jobs that may have ended since
+        self.interrupted = set()  # jobs that a former daemon started: they wait again, beside a later run
+        self.steps = []  # for the message of a failure, since threads cannot be made to repeat it
+        self.open(self.home / "data")
+        for call in (("push", "shop", "ab"), ("schedule", 0, "now"), ("schedule", 1, "every 10 minutes")):
+            self.call_all([call])
+            self.all_is_well()
+
+    def open(self, folder):
+        """Start a daemon on a folder, which must have what was acknowledged."""
+        self.steps.append(f"start on {folder}, the disk fails at {self.faults.step!r}")
+        folder.mkdir(exist_ok=True)
+        self.folder, self.crawls = folder, FakeCrawls(SLOTS)
+        loaded, _ = self.read_state()
+        self.gone -= loaded.keys()  # those that were purged when the disk did not take it
+        self.check_gone(self.saved, loaded)
+        ended = {job: view for job, view in self.saved.items() if view["status"] in ENDED and job in loaded}
+        assert {job: loaded[job] for job in ended} == ended, "a job that had ended has not"
+        self.seen = {job: view["status"].replace("RUNNING", "PENDING") for job, view in loaded.items()}
+        self.views = loaded
+        self.store = scrapy_do.Store(folder)
+        settings = scrapy_do.Settings(job_slots=SLOTS, completed_cap=CAP, kill_after=1.0)
+        self.daemon = scrapy_do.Daemon(self.store, settings, self.clock, self.crawls)
+        self.daemon.start()
+
+    def close(self):
+        """Stop the daemon."""
+        self.daemon.close()
+        self.store.close()
+        self.touched |= set(self.crawls.started)
+        self.interrupted |= set(self.crawls.started)
+        assert self.crawls.live == {}
+
+    def teardown(self):
+        try:
+            self.faults.step = ""
+            with contextlib.suppress(OSError):  # it is closed already if a rule has failed
+                self.close()
+        finally:
+            self.patch.undo()
+            shutil.rmtree(self.home)
+
+    def read_state(self):
+        """Return the jobs and the projects that the state file has."""
+        path = self.folder / "state.json"
+        document = json.loads(path.read_bytes()) if path.exists() else {"jobs": {}, "projects": {}}
+        jobs = {key: scrapy_do.decode_job(key, fields).view() for key, fields in document["jobs"].items()}
+        return jobs, document["projects"]
+
+    # What the calls are, and what their answers must be
+
+    def name_things(self, kind, *args):
+        """Put a thing in the place of the number of a call, mostly one for which the call makes sense."""
+
+        def pick(things, wrong):
+            return things[args[0] % len(things)] if things and args[0] < 9 else wrong
+
+        if kind == "cancel":
+            active = [job for job, view in self.views.items() if view["status"] not in ENDED]
+            return kind, pick(active or list(self.views), ([*self.gone, *self.views.keys() - active] or [UNKNOWN])[0])
+        if kind == "end":
+            return kind, pick(sorted(self.crawls.live), ""), args[1]
+        if kind == "schedule":
+            pairs = [(name, spider) for name, spiders in self.projects.items() for spider in spiders]
+            return kind, *pick(pairs, ("shop", "c")), args[1], f"#{next(self.numbers)}"
+        return kind, *args
+
+    def prepare(self, kind, *args):
+        """Return a function that makes a call and returns what comes of it: a result or a ScrapyDoError."""
+        upload = self.daemon.new_upload_path()
+        if kind == "push":
+            name, spiders = args
+            config = f"[deploy]\nproject={name}\n"
+            upload.write_bytes(make_zip({"scrapy.cfg": config, "spiders.txt": "\n".join(spiders)}))
+            call = functools.partial(self.daemon.push, upload)
+        elif kind == "end":
+            call = functools.partial(self.crawls.live[args[0]].end, args[1]) if args[0] else lambda: None
+        elif kind == "read":
+            call = self.look
+        else:
+            call = functools.partial(self.clock.advance if kind == "advance" else getattr(self.daemon, kind), *args)
+
+        def run():
+            try:
+                return call()
+            except scrapy_do.ScrapyDoError as error:
+                return error
+            finally:
+                upload.unlink(missing_ok=True)
+
+        return run
+
+    def expected(self, kind, *args):
+        """Return the error that a call alone must meet, or None."""
+        bad_disk = scrapy_do.StorageError if self.faults.step else None
+        active = [v for v in self.views.values() if v["status"] not in ENDED and [v["project"]] == list(args[:1])]
+        if kind == "push":
+            if self.start_error:
+                return scrapy_do.BadRequest if self.start_error in (errno.ENOENT, errno.E2BIG) else scrapy_do.StorageError
+            if not args[1]:
+                return scrapy_do.BadRequest
+            return scrapy_do.Conflict if {view["spider"] for view in active} - set(args[1]) else bad_disk
+        if kind == "remove":
+            return scrapy_do.NotFound if args[0] not in self.projects else scrapy_do.Conflict if active else bad_disk
+        if kind == "schedule":
+            return bad_disk if args[1] in self.projects.get(args[0], "") else scrapy_do.NotFound
+        if kind == "cancel":
+            view = self.views.get(args[0])
+            return scrapy_do.NotFound if not view else scrapy_do.Conflict if view["status"] in ENDED else bad_disk
+        return None
+
+    def call_all(self, calls, during=None):
+        """Make calls at once, and `during`, which returns which answers there are after it.
+
+        Return of each call what it was, what came of it, and the error that it would have met alone.
+        """
+        calls = [self.name_things(*call) for call in calls]
+        wanted = [self.expected(*call) for call in calls]
+        outcomes, is_answered = [None] * len(calls), [False] * len(calls)
+        may_refuse = self.faults.step or self.start_error
+
+        def make(number, run):
+            outcomes[number] = run()
+            is_answered[number] = True
+
+        threads = [
+            threading.Thread(target=make, args=pair) for pair in enumerate([self.prepare(*call) for call in calls])
+        ]
+        for thread in threads:
+            thread.start()
+        known = during(is_answered) if during else is_answered
+        for thread in threads:
+            thread.join()
+        assert all(is_answered)
+        self.steps += zip(calls, map(repr, outcomes), known, strict=True)
+        for call, outcome, is_known in zip(calls, outcomes, known, strict=True):
+            assert may_refuse or not is_known or not isinstance(outcome, scrapy_do.StorageError)
+            self.learn(outcome, is_known, *call)
+        return list(zip(calls, outcomes, wanted, strict=True))
+
+    def learn(self, outcome, is_known, kind, *args):
+        """Note what has been acknowledged; a call whose answer is not known may have happened or not."""
+        has_worked = is_known and not isinstance(outcome, Exception)
+        if kind == "schedule" and has_worked:
+            self.made[args[3]] = outcome["identifier"]
+        elif kind == "schedule" and not is_known:
+            self.may_be_made.add(args[3])
+        elif kind == "cancel" and (has_worked or not is_known):
+            (self.canceled if has_worked else self.may_be_canceled).add(args[0])
+        elif kind in ("push", "remove") and (has_worked or not is_known):
+            self.may_be.setdefault(args[0], [] if has_worked else [self.projects.get(args[0], "")])
+            self.may_be[args[0]].append("".join(args[1:]))
+
+    # What must hold
+
+    def look(self):
+        """Return the jobs as they are at any moment, and check what must hold always."""
+        with self.lock:
+            views = {view["identifier"]: view for view in self.daemon.jobs(scrapy_do.Status)}
+            for job, view in views.items():
+                assert view["status"] in FLOW[self.seen.get(job, view["status"])], (self.seen, view)
+                self.seen[job] = view["status"]
+        check_counts(self.daemon.status())
+        assert [view["status"] for view in views.values()].count("RUNNING") <= SLOTS
+        runs = [view for view in views.values() if (view["actor"], view["status"]) == ("SCHEDULER", "PENDING")]
+        waiting = [view["description"] for view in runs if view["identifier"] not in self.interrupted]
+        assert len(waiting) == len(set(waiting)), "two runs of a schedule wait"
+        return views
+
+    def unrest(self):
+        """Say what still goes on, or is wrong; None when all is as it must be at rest."""
+        views = self.look()
+        groups = {status: {job for job, view in views.items() if view["status"] == status} for status in FLOW}
+        status, listed = self.daemon.status(), self.listed()
+        if groups["RUNNING"] != (live := {job for job, crawl in dict(self.crawls.live).items() if not crawl.ended.is_set()}):
+            return "what runs is not what is RUNNING", groups, live
+        if groups["PENDING"] and len(groups["RUNNING"]) < SLOTS:
+            return "a job waits while a slot is free", groups
+        if [s for s in ("RUNNING", "PENDING", "SCHEDULED") if status[f"jobs-{s.lower()}"] != len(groups[s])]:
+            return "the status has other numbers", status, groups
+        if status["jobs-run"] != len(self.crawls.started):
+            return "not every start is counted once", status, self.crawls.started
+        if [job for job in groups["SCHEDULED"] if views[job]["next_run"] <= scrapy_do.local_time(self.clock.now)]:
+            return "a schedule is due and does not run", views
+        if sum(len(groups[status]) for status in ENDED) > CAP:
+            return "too many finished jobs are kept", groups
+        if self.faults.step:
+            return None
+        saved, projects = self.read_state()
+        if (saved, {name: fields["spiders"] for name, fields in projects.items()}) != (views, listed):
+            return "the file is not what the daemon says", saved, views, projects, listed
+        order = [view["status"] for view in saved.values() if view["status"] in ("RUNNING", "PENDING")]
+        if order != sorted(order, reverse=True):
+            return "a younger job runs before an older one", saved
+        return self.leftovers(views, projects)
+
+    def listed(self):
+        """Return the projects and their spiders."""
+        with contextlib.suppress(scrapy_do.NotFound):  # one that is just being removed
+            return {name: self.daemon.spiders(name)["spiders"] for name in self.daemon.projects()}
+
+    def leftovers(self, views, projects):
+        """Say which files are there that nobody needs, or missing."""
+        found = {name: {path.name for path in (self.folder / name).iterdir()} for name in ("", "logs", "work", "projects")}
+        work = {p["archive"] for p in projects.values()} | {crawl.folder.name for crawl in self.crawls.live.values()}
+        extra = {
+            "": found[""] ^ {"lock", "state.json", "logs", "work", "projects", "spider-data"},
+            "logs": {name for name in found["logs"] if name[:-4] not in views},
+            "work": found["work"] - work,
+            "projects": found["projects"] ^ {f"{name}.zip" for name in projects},
+        }
+        return extra if any(extra.values()) else None
+
+    def check_gone(self, known, views):
+        """Only jobs that have ended may be gone, and only when as many as are to be kept are there."""
+        ended = sum(view["status"] in ENDED for view in views.values())
+        for job in {*known, *self.made.values()} - views.keys() - self.gone:
+            has_ended = job in self.touched or job in self.canceled or known.get(job, {}).get("status") in ENDED
+            assert ended == CAP, (job, "is gone")
+            assert has_ended, (job, "is gone, which was active")
+            self.gone.add(job)
+
+    @hypothesis.stateful.invariant()
+    def all_is_well(self):
+        found = []
+        try:
+            wait_for(lambda: found.append(self.unrest()) or found[-1] is None, 5)
+            self.check()
+        except AssertionError as error:
+            raise AssertionError(f"{error}; {found[-1:]} after {self.steps}") from error
+
+    def check(self):
+        """Compare what is there at rest with what was there before, and with what was acknowledged since."""
+        assert self.crawls.odd == []
+        self.touched |= set(self.crawls.started)
+        views, listed = self.look(), self.listed()
+        for name in ("shop", "other"):
+            spiders = "".join(listed.get(name, ()))
+            assert spiders in self.may_be.get(name, [self.projects.get(name, "")]), (name, spiders, self.may_be)
+        self.projects, self.may_be = {name: "".join(spiders) for name, spiders in listed.items()}, {}
+        self.check_gone(self.views, views)
+        assert self.gone.isdisjoint(views), "a job has come back"
+        for job, view in views.items():
+            status, code = view["status"], view["exit_code"]
+            former = self.views.get(job, view)
+            assert [view[key] for key in FIXED] == [former[key] for key in FIXED]
+            assert status in ENDED or view["spider"] in listed.get(view["project"], ()), "a job without its spider"
+            assert status == "CANCELED" if job in self.canceled else status != "CANCELED" or job in self.may_be_canceled
+            assert (view["reason"] is None) == (status not in ("FAILED", "CANCELED"))
+            assert status != "SUCCESSFUL" or code == 0
+            assert self.codes.get(job, code) == code
+            if view["actor"] == "USER":
+                is_known = self.made.get(view["description"]) == job or view["description"] in self.may_be_made
+                assert is_known, "a refused job is there"
+            assert self.daemon.log_file(job, "out").parent == self.folder / "logs"
+        for job in self.gone:
+            with pytest.raises(scrapy_do.NotFound):
+                self.daemon.log_file(job, "out")
+        self.views, self.codes = views, {}
+        if not self.faults.step:
+            self.saved, self.touched = views, set()
+
+    # The steps
+
+    @hypothesis.stateful.rule(call=CALLS)
+    def one_call(self, call):
+        [(call, outcome, wanted)] = self.call_all([call])
+        if wanted or isinstance(outcome, Exception):
+            assert type(outcome) is wanted, (call, outcome)
+        if call[0] == "end" and call[1]:
+            self.codes[call[1]] = call[2]
+
+    @hypothesis.stateful.rule(calls=st.lists(CALLS, min_size=2, max_size=5))
+    def calls_at_once(self, calls):
+        self.call_all(calls)
+
+    @hypothesis.stateful.rule(number=NUMBERS, others=st.lists(CALLS, max_size=1))
+    def cancel_twice(self, number, others):
+        views = self.views
+        answers = self.call_all([("cancel", number), ("cancel", number), ("read",), *others])
+        was = views.get(answers[0][0][1], {}).get("status")
+        successes = sum(not isinstance(outcome, Exception) for _, outcome, _ in answers[:2])
+        if was == "SCHEDULED" and not self.faults.step and len(others) == 0:
+            assert successes == 1
+        if was is None or was in ENDED:
+            assert successes == 0
+
+    @hypothesis.stateful.rule(step=st.sampled_from(sorted(STEPS)), error=st.sampled_from(ERRORS))
+    def the_disk_goes_bad(self, step, error):
+        self.faults.step, self.faults.error = STEPS[step][0], error
+
+    @hypothesis.stateful.precondition(lambda self: self.faults.step)
+    @hypothesis.stateful.rule()
+    def the_disk_is_mended(self):
+        self.faults.step = ""
+
+    @hypothesis.stateful.rule(
+        error=st.sampled_from([errno.EMFILE, errno.EAGAIN, errno.ENOENT, errno.E2BIG]), calls=st.lists(CALLS, max_size=3)
+    )
+    def no_crawl_can_be_started(self, error, calls):
+        self.start_error = self.crawls.error = error
+        for call in calls:
+            self.one_call(call)
+            self.all_is_well()
+        self.start_error = self.crawls.error = 0
+
+    @hypothesis.stateful.rule(
+        calls=st.lists(CALLS.filter(lambda call: call[0] not in ("advance", "read")), max_size=3), mend=st.booleans()
+    )
+    def a_stop(self, calls, mend):
+        before = self.crawls.live.keys() - self.canceled
+
+        def stop(is_answered):
+            if mend:  # a disk that is good again just before the daemon stops must get all that has happened
+                self.faults.step = ""
+            self.close()
+            return is_answered
+
+        self.call_all(calls, stop)
+        if not self.faults.step:
+            statuses = {job: view["status"] for job, view in self.read_state()[0].items()}
+            assert "RUNNING" not in statuses.values()
+            if not calls:
+                ended = {job for job, view in self.views.items() if view["status"] in ENDED}
+                assert {job for job, status in statuses.items() if status in ENDED} == ended
+                assert {statuses[job] for job in before} <= {"PENDING"}
+        self.open(self.folder)
+
+    @hypothesis.stateful.precondition(lambda self: not self.faults.step)
+    @hypothesis.stateful.rule(calls=st.lists(CALLS, max_size=4), step=st.sampled_from(sorted(STEPS)))
+    def a_crash(self, calls, step):
+        """Hold the writer up at a step, and go on with a copy of the folder, which is what kill -9 would leave."""
+        folder, former = self.home / f"{next(self.numbers)}/data", self.folder
+        self.faults.step, self.faults.error = STEPS[step][0], errno.EIO
+        self.faults.parked.clear()
+        self.faults.go.clear()
+
+        def crash(is_answered):
+            wait_for(self.faults.parked.is_set)
+            known = list(is_answered)
+            shutil.copytree(self.folder, folder, ignore=lambda path, names: names if path.endswith("/work") else ())
+            self.faults.step = ""
+            self.faults.go.set()
+            return known
+
+        self.call_all([*calls, ("push", "shop", "ab")], crash)  # the last one makes sure that there is a write
+        self.close()
+        shutil.rmtree(former)
+        self.open(folder)
+
+
+def test_any_interleaving_of_calls_and_faults_keeps_what_was_acknowledged():
+    examples = int(os.environ.get("STATEFUL_EXAMPLES", "25"))
+    settings = hypothesis.settings(
+        max_examples=examples, stateful_step_count=25, deadline=None, database=None, print_blob=False,
+        phases=[hypothesis.Phase.generate],  # what threads do cannot be repeated, so it cannot be made shorter either
+        suppress_health_check=list(hypothesis.HealthCheck),
+    )  # fmt: skip
+    hypothesis.stateful.run_state_machine_as_test(Interleavings, settings=settings)
 
 
 # ---- 8. HTTP ---------------------------------------------------------------------------------------------------------
