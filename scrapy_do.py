@@ -150,8 +150,7 @@ def log(message: str) -> None:
     stamp = time.strftime("%Y-%m-%d %H:%M:%S")
     line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in message)
     with contextlib.suppress(OSError, ValueError):  # a full disk or a closed terminal must not stop a crawl
-        sys.stderr.write(f"{stamp} {line}\n")
-        sys.stderr.flush()
+        print(f"{stamp} {line}\n", end="", file=sys.stderr, flush=True)  # which may be None
 
 
 def log_crash(what: str) -> None:
@@ -2644,6 +2643,40 @@ def serve(options: argparse.Namespace, stop: socket.socket) -> None:
         store.close()
 
 
+def forget_parent() -> None:
+    """Undo what a process may have inherited that breaks a daemon.
+
+    A file that is opened while a standard stream is closed would become that stream. No signal gets through that is
+    blocked, and the kernel keeps no exit code of a crawl while SIGCHLD is ignored.
+    """
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(descriptor)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
+
+
+def be_init() -> int | None:
+    """Fork, return None in the child, and in the parent its exit status when it has ended.
+
+    The first process of a container gets all orphans, see pid_namespaces(7), and must reap them. The daemon itself
+    could not without taking the exit codes of its crawls away.
+    """
+    signals = {signal.SIGCHLD, signal.SIGTERM, signal.SIGINT}
+    signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+    child = os.fork()
+    if child == 0:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
+        return None
+    while True:
+        if (number := signal.sigwait(signals)) != signal.SIGCHLD:
+            os.kill(child, number)
+        while (ended := os.waitpid(-1, os.WNOHANG))[0]:
+            if ended[0] == child:
+                code = os.waitstatus_to_exitcode(ended[1])
+                return code if code >= 0 else 128 - code  # as shells have it
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the command line and return its exit status: 0 when told to stop, 1 when the daemon cannot start.
 
@@ -2651,6 +2684,9 @@ def main(argv: list[str] | None = None) -> int:
     bytecodes of the main thread could come just too late to end a wait.
     """
     options = parse_options(argv)
+    forget_parent()
+    if os.getpid() == 1 and (status := be_init()) is not None:
+        return status
     stop, wake = socket.socketpair()
     wake.setblocking(False)
     signal.set_wakeup_fd(wake.fileno(), warn_on_full_buffer=False)

@@ -2794,18 +2794,30 @@ class EagerClock(FakeClock):
 
 
 class ParkingFaults(Faults):
-    """Faults that can also hold the writer up at their step, so that a test can look at what a crash would leave."""
+    """Faults that can hold the writer up at their step: a disk that is slow, or a moment for a crash."""
 
     def __init__(self, monkeypatch):
         super().__init__(monkeypatch)
         self.parked, self.go = threading.Event(), threading.Event()
         self.go.set()
 
+    def park(self, step, error):
+        """Hold the writer up when it comes to a step; with an error it fails there later."""
+        self.parked.clear()
+        self.go.clear()
+        self.step, self.error = step, error
+
+    def release(self):
+        """Let the writer go on; the disk is good again."""
+        self.step = ""
+        self.go.set()
+
     def fail(self):
         if not self.go.is_set():
             self.parked.set()
             self.go.wait()
-        super().fail()
+        if self.error:
+            super().fail()
 
 
 class FakeCrawls:
@@ -3184,6 +3196,27 @@ class Interleavings(hypothesis.stateful.RuleBasedStateMachine):
     def calls_at_once(self, calls):
         self.call_all(calls)
 
+    @hypothesis.stateful.precondition(lambda self: not self.faults.step)
+    @hypothesis.stateful.rule(calls=st.lists(CALLS, min_size=3, max_size=6))
+    def calls_at_once_on_a_slow_disk(self, calls):
+        """Hold a write up until the other calls wait, so that they share the next one."""
+
+        def hold(is_answered):
+            wait_for(self.faults.parked.is_set)
+            end = time.monotonic() + 0.02
+            wait_for(lambda: time.monotonic() > end)
+            self.faults.release()
+            return is_answered
+
+        self.faults.park("fsync", 0)
+        self.call_all([("push", "other", "ab"), *calls], hold)
+
+    @hypothesis.stateful.rule(spiders=st.lists(NUMBERS, min_size=2, max_size=3))
+    def schedules_are_due_while_all_slots_are_busy(self, spiders):
+        for call in (*[("schedule", number, "now") for number in spiders], *[("advance", 600, 0)] * 2):
+            self.one_call(call)
+            self.all_is_well()
+
     @hypothesis.stateful.rule(number=NUMBERS, others=st.lists(CALLS, max_size=1))
     def cancel_twice(self, number, others):
         views = self.views
@@ -3241,16 +3274,13 @@ class Interleavings(hypothesis.stateful.RuleBasedStateMachine):
     def a_crash(self, calls, step):
         """Hold the writer up at a step, and go on with a copy of the folder, which is what kill -9 would leave."""
         folder, former = self.home / f"{next(self.numbers)}/data", self.folder
-        self.faults.step, self.faults.error = STEPS[step][0], errno.EIO
-        self.faults.parked.clear()
-        self.faults.go.clear()
+        self.faults.park(STEPS[step][0], errno.EIO)
 
         def crash(is_answered):
             wait_for(self.faults.parked.is_set)
             known = list(is_answered)
             shutil.copytree(self.folder, folder, ignore=lambda path, names: names if path.endswith("/work") else ())
-            self.faults.step = ""
-            self.faults.go.set()
+            self.faults.release()
             return known
 
         self.call_all([*calls, ("push", "shop", "ab")], crash)  # the last one makes sure that there is a write
@@ -3267,6 +3297,162 @@ def test_any_interleaving_of_calls_and_faults_keeps_what_was_acknowledged():
         suppress_health_check=list(hypothesis.HealthCheck),
     )  # fmt: skip
     hypothesis.stateful.run_state_machine_as_test(Interleavings, settings=settings)
+
+
+def test_changes_that_share_a_write_see_each_other(site, monkeypatch):
+    site.push()
+    job = site.schedule(when="every 2 hours")
+    site.push(name="other")
+    faults = ParkingFaults(monkeypatch)
+    faults.park("fsync", 0)
+    calls = {  # in this order
+        "first": lambda: site.try_post("schedule-job", project="shop", spider="quick", when="every 3 hours"),
+        "job": lambda: site.try_post("schedule-job", project="other", spider="quick", when="every 3 hours"),
+        "remove": lambda: site.try_post("remove-project", name="other"),
+        "cancel": lambda: site.try_post("cancel-job", id=job),
+        "again": lambda: site.try_post("cancel-job", id=job),
+        "bare": lambda: site.try_push(make_zip({"scrapy.cfg": "[deploy]\nproject=other", "spiders.txt": "quack"})),
+    }
+    with concurrent.futures.ThreadPoolExecutor(len(calls)) as pool:
+        answers = {}
+        for number, (name, call) in enumerate(calls.items()):
+            answers[name] = pool.submit(call)
+            wait_for(faults.parked.is_set)
+            wait_for(lambda number=number: len(site.daemon._changes) == number)
+        faults.release()
+        codes = {name: answer.result(30)[0] for name, answer in answers.items()}
+    assert codes == {"first": 200, "job": 200, "remove": 409, "cancel": 200, "again": 409, "bare": 409}
+
+
+BEFORE_IT = {  # how its parent may have prepared the process, and what the log then has
+    "streams-closed": ("import os; [os.close(number) for number in range(3)]", False),
+    "signals-ignored": (
+        "import signal; [signal.signal(n, signal.SIG_IGN) for n in (signal.SIGTERM, signal.SIGINT, signal.SIGCHLD, signal.SIGHUP)]",
+        True,
+    ),
+    "signals-blocked": ("import signal; signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())", True),
+    "broken-log": ("import os; pipe = os.pipe(); os.close(pipe[0]); [os.dup2(pipe[1], n) for n in (1, 2)]", False),
+}
+
+
+def free_port():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return server.getsockname()[1]
+
+
+@pytest.mark.parametrize(("prepare", "has_log"), BEFORE_IT.values(), ids=BEFORE_IT)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_it_runs_and_stops_whatever_it_inherits(tmp_path, stub, prepare, has_log, number):
+    client = Client()
+    client.port = free_port()
+    command = [
+        str(MODULE), "--port", str(client.port), "--data-dir", str(tmp_path / "data"), "--kill-after", "0.3",
+        "--job-slots", "1", "--scrapy", *stub,
+    ]  # fmt: skip
+    launch = f"import os, sys; {prepare}; os.execv(sys.executable, [sys.executable, *{command}])"
+    for is_first in (True, False):
+        with open(tmp_path / "log", "wb") as log:
+            process = subprocess.Popen([sys.executable, "-c", launch], stdout=log, stderr=log)
+        try:
+            wait_for(lambda: process.poll() is None and not refuses(client.port))
+            if is_first:
+                client.push(bad="kill -TERM $$; exit 3", stubborn=STUBBORN, tree="sleep 60 & exit 3")
+                assert client.wait_job(client.schedule("bad"))["exit_code"] == -15
+                assert client.wait_job(client.schedule("tree"))["exit_code"] == 3
+                job = client.schedule("stubborn")
+            wait_for(lambda: "started" in client.log(job, "out"))
+            process.send_signal(number)
+            assert process.wait(15) == 0
+        finally:
+            process.kill()
+            process.wait()
+        assert state(tmp_path)["jobs"][job]["status"] == "PENDING"
+        assert ("listens on" in (tmp_path / "log").read_text()) == has_log
+    assert [process for process in psutil.process_iter() if marked(process, tmp_path)] == []
+
+
+def refuses(port):
+    """Tell whether nobody listens on a port."""
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) != 0
+
+
+def test_a_supervisor_that_starts_it_again_loses_nothing(tmp_path, stub):
+    """A shell runs it in the background, so with SIGINT ignored, and again whenever it ends, however it ends."""
+    client = Client()
+    client.port = free_port()
+    loop = """trap 'kill $!; wait; exit 7' TERM; while :; do "$@" & wait $!; echo $? >> ends; done"""
+    options = ["--port", str(client.port), "--kill-after", "0.3", "--data-dir", "data", "--scrapy", *stub]
+    command = ["/bin/sh", "-c", loop, "sh", sys.executable, str(MODULE), *options]
+    with subprocess.Popen(command, cwd=tmp_path) as supervisor, contextlib.ExitStack() as stack:
+        stack.callback(supervisor.terminate)
+        wait_for(lambda: not refuses(client.port))
+        client.push(stubborn=STUBBORN)
+        schedule, job = client.schedule(when="every 2 hours"), client.schedule("stubborn")
+        due = client.job(schedule)["next_run"]
+        for number in (signal.SIGKILL, signal.SIGINT, signal.SIGTERM, signal.SIGKILL):
+            wait_for(lambda: alive_again(client, job))
+            [daemon] = psutil.Process(supervisor.pid).children()
+            daemon.send_signal(number)
+            daemon.wait(15)
+            wait_for(lambda daemon=daemon: daemon not in psutil.Process(supervisor.pid).children())
+        wait_for(lambda: alive_again(client, job))
+        assert client.job(schedule)["next_run"] == due
+    assert supervisor.returncode == 7
+    assert (tmp_path / "ends").read_text().split() == ["137", "0", "0", "137"]
+    assert state(tmp_path)["jobs"][job]["status"] == "PENDING"
+    assert [process for process in psutil.process_iter() if marked(process, tmp_path)] == []
+
+
+def alive_again(client, job):
+    """Tell whether a daemon answers and its crawl runs."""
+    return not refuses(client.port) and client.job(job)["status"] == "RUNNING" and "started" in client.log(job, "out")
+
+
+@pytest.fixture
+def as_process_1(tmp_path):
+    """Return the words before a command that make it the first process of a container of its own."""
+    command = ["unshare", "--pid", "--fork", "--mount-proc", "--kill-child"]
+    if os.getuid() != 0:
+        command += ["--user", "--map-root-user"]
+    try:
+        done = subprocess.run([*command, "true"], capture_output=True, text=True)
+    except FileNotFoundError:
+        pytest.skip("there is no unshare(1)")
+    if done.returncode != 0:
+        pytest.skip(f"the kernel lets us make no namespace of processes: {done.stderr}")
+    return command
+
+
+def test_as_process_1_it_reaps_orphans_and_stops_like_any_other(outside, tmp_path, as_process_1):
+    site = outside("--kill-after", "0.5", command=(*as_process_1, sys.executable, str(MODULE)))
+    [first] = psutil.Process(site.process.pid).children()
+    orphans = "for n in 1 2 3 4 5; do (setsid sleep 0.01 & exec true); done; echo left; "
+    site.push(orphans=orphans + HOLD, bad="sleep 0.05; exit 3", stubborn=f"{TREES['lost-parent']}\n{STUBBORN}")
+    job = site.schedule("orphans")
+    wait_for(lambda: "started" in site.log(job, "out"))
+    assert site.wait_job(site.schedule("bad"))["exit_code"] == 3
+
+    def states():
+        return [process.status() for process in first.children(recursive=True)]
+
+    wait_for(lambda: states() and psutil.STATUS_ZOMBIE not in states())  # also while the crawl goes on
+    assert site.job(job)["status"] == "RUNNING"
+    canceled, interrupted = site.schedule("stubborn"), site.schedule("stubborn")
+    for stubborn in (canceled, interrupted):
+        wait_for(lambda stubborn=stubborn: "started" in site.log(stubborn, "out"))
+    site.post("cancel-job", id=canceled)
+    assert site.job(canceled)["exit_code"] == -9
+    wait_for(lambda: psutil.STATUS_ZOMBIE not in states())
+    first.send_signal(signal.SIGTERM)
+    assert site.process.wait(15) == 0
+    saved = state(tmp_path)["jobs"]
+    assert {saved[job]["status"], saved[interrupted]["status"]} == {"PENDING"}
+    site.start()
+    [first] = psutil.Process(site.process.pid).children()
+    [daemon] = first.children()
+    daemon.kill()  # then the container ends, which whoever keeps it starts again
+    assert site.process.wait(15) == 137
 
 
 # ---- 8. HTTP ---------------------------------------------------------------------------------------------------------
