@@ -155,9 +155,13 @@ def log(message: str) -> None:
 
 def log_crash(what: str) -> None:
     """Write the traceback of the exception being handled, a line each."""
-    import traceback
+    try:
+        import traceback
 
-    for line in f"{what} failed:\n{traceback.format_exc()}".splitlines():
+        text = traceback.format_exc()
+    except OSError:  # no file descriptor is left for the module; whoever logs a crash must not end by that
+        text = repr(sys.exc_info()[1])
+    for line in f"{what} failed:\n{text}".splitlines():
         log(line)
 
 
@@ -934,7 +938,7 @@ class Crawl:
     def signal(self, number: int) -> None:
         """Send a signal to the whole tree."""
         for process in find_processes(self._owns):
-            with contextlib.suppress(psutil.Error):
+            with contextlib.suppress(psutil.Error, OSError):
                 process.send_signal(number)
 
     def _owns(self, pid: int) -> bool:
@@ -959,14 +963,30 @@ def read_environment(pid: int) -> list[bytes]:
 
 
 def find_processes(belongs: Callable[[int], bool]) -> set[psutil.Process]:
-    """Return the living processes of which `belongs` is true, with all their descendants."""
-    found: set[psutil.Process] = set()
-    for pid in psutil.pids():
-        with contextlib.suppress(OSError, psutil.Error):
-            if pid != os.getpid() and belongs(pid):
-                process = psutil.Process(pid)
-                found |= {process, *process.children(recursive=True)}
-    return {process for process in found if is_alive(process)}
+    """Return the living processes of which `belongs` is true, with all their descendants.
+
+    When no file descriptor is left to look at them, wait until there is one: nothing may be overlooked.
+    """
+    while True:
+        try:
+            return {process for pid in psutil.pids() for process in find_family(pid, belongs) if is_alive(process)}
+        except OSError as error:
+            if error.errno not in (errno.EMFILE, errno.ENFILE):
+                raise
+            time.sleep(0.05)
+
+
+def find_family(pid: int, belongs: Callable[[int], bool]) -> list[psutil.Process]:
+    """Return a process with all its descendants if `belongs` is true of it and it can be looked at, else nothing."""
+    try:
+        if pid == os.getpid() or not belongs(pid):
+            return []
+        process = psutil.Process(pid)
+        return [process, *process.children(recursive=True)]
+    except (OSError, psutil.Error) as error:
+        if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+            raise
+        return []
 
 
 def is_alive(process: psutil.Process) -> bool:

@@ -3455,6 +3455,144 @@ def test_as_process_1_it_reaps_orphans_and_stops_like_any_other(outside, tmp_pat
     assert site.process.wait(15) == 137
 
 
+def test_many_requests_and_crawls_leave_its_process_as_it_was(outside, tmp_path):
+    """By hand for longer: SOAK_REQUESTS=100000 SOAK_CRAWLS=2000 python -m pytest -s -k many_requests."""
+    requests, crawls = (int(os.environ.get(name, least)) for name, least in (("SOAK_REQUESTS", 4000), ("SOAK_CRAWLS", 160)))
+    site = outside("--completed-cap", "20")
+    site.push()
+    process = psutil.Process(site.process.pid)
+
+    def ask(seed):
+        """Ask for everything in turn over one connection, and schedule crawls now and then."""
+        connection = http.client.HTTPConnection("127.0.0.1", site.port, timeout=60)
+        paths = ["/status.json", "/list-jobs.json?status=COMPLETED", "/list-projects.json", "/list-jobs.json?status=x", "/x"]
+        form = urllib.parse.urlencode({"project": "shop", "spider": "quick", "when": "now"})
+        every = max(1, requests // crawls)
+        for number in range(seed, requests // 4, 4):
+            if number % every == 0:
+                connection.request("POST", "/schedule-job.json", form, {"Content-Type": "application/x-www-form-urlencoded"})
+            else:
+                connection.request("GET", paths[number % 5])
+            connection.getresponse().read()
+        connection.close()
+
+    def measure():
+        """Send a quarter of the requests in four threads and return what the process holds when all is at rest."""
+        in_parallel(*[functools.partial(ask, seed) for seed in range(4)])
+        site.push()
+        wait_for(lambda: not site.jobs("ACTIVE"), 600)
+        return process.num_threads(), process.num_fds(), process.memory_info().rss // 1024
+
+    measures = [measure() for _ in range(4)]
+    print(f"after each quarter: threads, file descriptors, KiB resident: {measures}; {site.get('status')}")
+    status = site.get("status")
+    assert status["jobs-run"] == status["jobs-successful"] >= crawls * 0.9
+    _, middle, _, end = measures
+    assert max(threads for threads, _, _ in measures) <= 6 + 4 + 2  # its own, one for each client, one for us and a spare
+    assert end[1] <= middle[1] + 2
+    assert end[2] <= middle[2] * 1.03 + 256
+    assert len(list((tmp_path / "data/logs").iterdir())) <= 40
+    assert len(list((tmp_path / "data/work").iterdir())) == 1
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """Return a command that runs another one where ./disk is a small file system that nobody else sees."""
+    (tmp_path / "disk").mkdir()
+    rights = [] if os.getuid() == 0 else ["--user", "--map-root-user"]
+    mount = 'mount -t tmpfs -o size=1m,mode=755 tmpfs disk && exec "$@"'
+    command = ["unshare", *rights, "--mount", "/bin/sh", "-c", f"cd {tmp_path} && {mount}", "sh"]
+    try:
+        done = subprocess.run([*command, "true"], capture_output=True, text=True)
+    except FileNotFoundError:
+        pytest.skip("there is no unshare(1)")
+    if done.returncode != 0:
+        pytest.skip(f"the kernel lets us mount no file system: {done.stderr}")
+    return command
+
+
+@pytest.mark.parametrize("filler", ["a-stranger", "the-log-of-a-crawl"])
+def test_a_full_disk_refuses_changes_and_goes_on(outside, tmp_path, small_disk, filler):
+    site = outside("--data-dir", "disk/data", command=(*small_disk, sys.executable, str(MODULE)))
+    disk = pathlib.Path(f"/proc/{site.process.pid}/root{tmp_path}/disk")  # as the daemon sees it
+    data = disk / "data"
+    fill = f"head -c 2000000 /dev/zero; {HOLD}"
+    site.push(hold=HOLD, fill=fill)
+    done = site.wait_job(site.schedule())["identifier"]
+    kept = site.schedule(when="every 2 hours", description="x" * 90_000)  # to save needs more than what an end frees
+    running = site.schedule("hold")
+    wait_for(lambda: "started" in site.log(running, "out"))
+
+    def saved():
+        return json.loads((data / "state.json").read_text())["jobs"]
+
+    if filler == "a-stranger":
+        with contextlib.suppress(OSError), open(disk / "big", "wb", buffering=0) as file:
+            while True:
+                file.write(bytes(4096))
+    else:
+        filling = site.schedule("fill")
+        wait_for(lambda: shutil.disk_usage(disk).free == 0)
+    wait_for(lambda: site.try_post("schedule-job", project="shop", spider="quick", when="now")[0] == 507)
+    before = site.jobs("ACTIVE")
+    for path, fields in {
+        "schedule-job": {"project": "shop", "spider": "quick", "when": "every 2 hours"},
+        "cancel-job": {"id": kept}, "push-project": {"archive": stub_project("other")},
+        "remove-project": {"name": "other"},
+    }.items():  # fmt: skip
+        status, answer = site.try_post(path, **fields)
+        assert (status, answer["status"]) == (404 if path == "remove-project" else 507, "error"), (path, answer)
+    assert site.jobs("ACTIVE") == before
+    assert site.job(done)["status"] == "SUCCESSFUL"
+    (data / "spider-data/go").touch()
+    assert site.wait_job(running)["status"] == "SUCCESSFUL"
+    assert saved()[running]["status"] == "RUNNING"
+    if filler == "a-stranger":
+        (disk / "big").unlink()
+    else:
+        assert site.wait_job(filling)["exit_code"] == 0
+        (data / f"logs/{filling}.out").write_bytes(b"")
+    wait_for(lambda: saved()[running]["status"] == "SUCCESSFUL")
+    site.post("cancel-job", id=kept)
+    assert site.wait_job(site.schedule())["status"] == "SUCCESSFUL"
+    jobs = {job["identifier"]: job for job in site.jobs("COMPLETED")}
+    assert {job: (view["status"], view["reason"]) for job, view in jobs.items()} == {
+        job: (fields["status"], fields.get("reason")) for job, fields in saved().items()
+    }
+    assert sorted(path.name for path in data.iterdir()) == ["lock", "logs", "projects", "spider-data", "state.json", "work"]
+    assert [path.name for path in (data / "projects").iterdir()] == ["shop.zip"]
+    assert len(list((data / "work").iterdir())) == 1
+    site.stop()
+    assert "Traceback" not in site.log_path.read_text()
+
+
+def test_a_daemon_without_file_descriptors_waits_and_recovers(outside, tmp_path):
+    site = outside()
+    site.push(hold=HOLD)
+    running, kept = site.schedule("hold"), site.schedule(when="every 2 hours")
+    wait_for(lambda: "started" in site.log(running, "out"))
+    used = psutil.Process(site.process.pid).num_fds()
+    limits = resource.prlimit(site.process.pid, resource.RLIMIT_NOFILE)
+    resource.prlimit(site.process.pid, resource.RLIMIT_NOFILE, (used + 8, limits[1]))
+    with contextlib.ExitStack() as stack:
+        for _ in range(30):  # more than there are descriptors for: the rest wait in the backlog
+            line = stack.enter_context(socket.create_connection(("127.0.0.1", site.port), timeout=30))
+        wait_for(lambda: psutil.Process(site.process.pid).num_fds() == used + 8)
+        release(tmp_path)
+        line.sendall(b"GET /status.json HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert select.select([line], [], [], 0.3)[0] == []
+    assert site.wait_job(running)["status"] == "SUCCESSFUL"
+    wait_for(lambda: state(tmp_path)["jobs"][running]["status"] == "SUCCESSFUL")
+    site.post("cancel-job", id=kept)
+    resource.prlimit(site.process.pid, resource.RLIMIT_NOFILE, (used, limits[1]))  # an answer may be had, but no more
+    short = site.try_post("schedule-job", project="shop", spider="quick", when="every 2 hours")[0]
+    assert short in (507, 200)
+    resource.prlimit(site.process.pid, resource.RLIMIT_NOFILE, limits)
+    assert site.wait_job(site.schedule())["status"] == "SUCCESSFUL"
+    assert len(site.jobs("SCHEDULED")) == (short == 200)
+    assert "Traceback" not in site.log_path.read_text()
+
+
 # ---- 8. HTTP ---------------------------------------------------------------------------------------------------------
 
 NOBODY = "01234567-89ab-cdef-0123-456789abcdef"
@@ -4709,7 +4847,7 @@ def test_events_are_log_lines_that_cannot_be_faked(outside):
 def test_the_file_stays_short_enough_to_be_read():
     """Growing is a decision: whoever raises the number has looked for the simpler shape."""
     source = MODULE.read_text()
-    assert len(source.splitlines()) <= 2665
+    assert len(source.splitlines()) <= 2724
     banners = re.findall(r"^# ---- ([0-9]+)\. ", source, re.MULTILINE)
     assert banners == [str(number) for number in range(1, 10)]
 
