@@ -2787,6 +2787,7 @@ class EagerClock(FakeClock):
             return super().wait(condition, seconds)
         self.now += seconds
         self.ticks += seconds
+        return None
 
     def advance(self, seconds, step=0.0):
         with self.mover:
@@ -3354,13 +3355,13 @@ def test_it_runs_and_stops_whatever_it_inherits(tmp_path, stub, prepare, has_log
         with open(tmp_path / "log", "wb") as log:
             process = subprocess.Popen([sys.executable, "-c", launch], stdout=log, stderr=log)
         try:
-            wait_for(lambda: process.poll() is None and not refuses(client.port))
+            wait_for(lambda: not refuses(client.port))
             if is_first:
                 client.push(bad="kill -TERM $$; exit 3", stubborn=STUBBORN, tree="sleep 60 & exit 3")
                 assert client.wait_job(client.schedule("bad"))["exit_code"] == -15
                 assert client.wait_job(client.schedule("tree"))["exit_code"] == 3
                 job = client.schedule("stubborn")
-            wait_for(lambda: "started" in client.log(job, "out"))
+            wait_for(functools.partial(alive_again, client, job))
             process.send_signal(number)
             assert process.wait(15) == 0
         finally:
@@ -3591,6 +3592,136 @@ def test_a_daemon_without_file_descriptors_waits_and_recovers(outside, tmp_path)
     assert site.wait_job(site.schedule())["status"] == "SUCCESSFUL"
     assert len(site.jobs("SCHEDULED")) == (short == 200)
     assert "Traceback" not in site.log_path.read_text()
+
+
+FEW_PROCESSES = """
+import os, resource, runpy, sys
+real, limits = os.fsync, resource.getrlimit(resource.RLIMIT_NPROC)
+def fsync(descriptor):
+    resource.setrlimit(resource.RLIMIT_NPROC, (1 if os.path.exists({flag!r}) else limits[0], limits[1]))
+    real(descriptor)
+os.fsync = fsync
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_a_start_without_processes_fails_only_its_job(outside, tmp_path):
+    """The kernel's limit does not bind root, whose daemon here runs as somebody else who may read all files."""
+    rights = ["--inh-caps=+dac_override", "--ambient-caps=+dac_override"]
+    someone = ["setpriv", "--reuid=54321", "--regid=54321", "--clear-groups", *rights] if os.getuid() == 0 else []
+    flag = tmp_path / "few"
+    launcher = FEW_PROCESSES.format(flag=str(flag))
+    site = outside("--job-slots", "1", command=(*someone, sys.executable, "-c", launcher, str(MODULE)))
+    site.push()
+    assert site.wait_job(site.schedule())["status"] == "SUCCESSFUL"
+    flag.touch()
+    check_failed_starts(site, "[Errno 11]", flag.unlink)
+
+
+def test_a_start_without_file_descriptors_fails_only_its_job(outside):
+    site = outside("--job-slots", "1")
+    site.push()
+    assert site.wait_job(site.schedule())["status"] == "SUCCESSFUL"
+    process, kind = psutil.Process(site.process.pid), resource.RLIMIT_NOFILE
+    limits = resource.prlimit(process.pid, kind)
+    resource.prlimit(process.pid, kind, (process.num_fds() + 3, limits[1]))  # for an answer and a write
+    check_failed_starts(site, "Too many open files", lambda: resource.prlimit(process.pid, kind, limits))
+
+
+def check_failed_starts(site, reason, mend):
+    """Two jobs must fail for that reason; and none when it is mended."""
+    jobs = [site.wait_job(site.schedule()) for _ in range(2)]
+    mend()
+    assert [(job["status"], job["exit_code"], reason in job["reason"]) for job in jobs] == [("FAILED", None, True)] * 2
+    assert site.wait_job(site.schedule())["status"] == "SUCCESSFUL"
+    check_counts(site.get("status"))
+
+
+def test_sigterm_at_any_moment_of_the_start_ends_it_well(tmp_path, stub):
+    """Before its first line runs, which Python takes some time for, the process can only die of the signal."""
+    site = Outside(tmp_path, "--scrapy", *stub, "--job-slots", "1", "--kill-after", "0.2")
+    site.push(stubborn=STUBBORN)
+    job = site.schedule("stubborn")
+    wait_for(lambda: "started" in site.log(job, "out"))
+    site.kill()
+    command = [sys.executable, str(MODULE), "--port", "0", "--data-dir", str(tmp_path / "data"), *site.options]
+    codes = set()
+    for number in range(int(os.environ.get("START_ROUNDS", "14"))):
+        lock, moment = tmp_path / "data/lock", time.monotonic() + number * 0.03
+        lock.unlink(missing_ok=True)
+        process = subprocess.Popen(command, stderr=subprocess.PIPE)
+        wait_for(lambda moment=moment: time.monotonic() > moment)
+        process.terminate()
+        said = process.communicate(timeout=15)[1].decode()
+        codes.add(process.returncode)
+        assert process.returncode == 0 or (process.returncode == -signal.SIGTERM and not lock.exists()), said
+        assert "Traceback" not in said
+        assert state(tmp_path)["jobs"][job]["status"] == ("PENDING" if 0 in codes else "RUNNING")
+    assert 0 in codes
+    assert [process for process in psutil.process_iter() if marked(process, tmp_path)] == []
+
+
+SLOW_FSYNC = """
+import os, runpy, sys, threading
+real, first = os.fsync, threading.Event()
+def fsync(descriptor):
+    if os.path.exists({flag!r}) and os.readlink("/proc/self/fd/%d" % descriptor).endswith("state.json.new"):
+        open({flag!r} + ".on", "w").close()
+        first.wait(0.7)
+    real(descriptor)
+os.fsync = fsync
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_sigterm_during_a_write_and_a_cancel_and_a_start_keeps_what_is_acknowledged(outside, tmp_path, count):
+    flag = tmp_path / "slow"
+    launcher = (sys.executable, "-c", SLOW_FSYNC.format(flag=str(flag)), str(MODULE))
+    site = outside("--kill-after", "0.5", "--job-slots", "2", command=launcher)
+    site.push(stubborn=STUBBORN)
+    jobs = [site.schedule("stubborn"), site.schedule("stubborn")]
+    for job in jobs:
+        wait_for(lambda job=job: "started" in site.log(job, "out"))
+    waiting, answers = site.schedule(), {}
+    flag.touch()
+    calls = {
+        "schedule": lambda: site.try_post("schedule-job", project="shop", spider="quick", when="every 2 hours"),
+        "cancel": lambda: site.try_post("cancel-job", id=jobs[0]),  # it ignores SIGTERM, and the next one starts then
+        "push": lambda: site.try_push(stub_project("other")),
+    }
+
+    def ask(name, call):
+        with contextlib.suppress(OSError, http.client.HTTPException):
+            answers[name] = call()
+
+    threads = [threading.Thread(target=ask, args=pair) for pair in calls.items()]
+    for thread in threads:
+        thread.start()
+    wait_for((tmp_path / "slow.on").exists)
+    for _ in range(count):
+        site.process.send_signal(signal.SIGTERM)
+    began = time.monotonic()
+    assert site.process.wait(15) == 0
+    assert time.monotonic() - began < 0.5 + 6  # a few writes of 0.7 s each
+    for thread in threads:
+        thread.join()
+    saved = state(tmp_path)
+    assert saved["jobs"][jobs[1]]["status"] == "PENDING"
+    assert saved["jobs"][waiting]["status"] in ("PENDING", "SUCCESSFUL")
+    assert "RUNNING" not in {fields["status"] for fields in saved["jobs"].values()}
+    for name, (status, answer) in answers.items():
+        assert status in (200, 503), answer
+        is_there = {
+            "schedule": len(saved["jobs"]) == 4, "push": "other" in saved["projects"],
+            "cancel": saved["jobs"][jobs[0]]["status"] == "CANCELED",
+        }[name]  # fmt: skip
+        assert is_there or status == 503, (name, answer)
+    assert answers
+    assert "Traceback" not in site.log_path.read_text()
+    assert [process for process in psutil.process_iter() if marked(process, tmp_path)] == []
 
 
 # ---- 8. HTTP ---------------------------------------------------------------------------------------------------------
