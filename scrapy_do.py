@@ -165,15 +165,18 @@ def log(message: str) -> None:
     stamp = time.strftime("%Y-%m-%d %H:%M:%S")
     line = message if message.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in message)
     with contextlib.suppress(OSError, ValueError):  # a full disk or a closed terminal must not stop a crawl
-        sys.stderr.write(f"{stamp} {line}\n")
-        sys.stderr.flush()
+        print(f"{stamp} {line}\n", end="", file=sys.stderr, flush=True)  # which may be None
 
 
 def log_crash(what: str) -> None:
     """Write the traceback of the exception being handled, a line each."""
-    import traceback
+    try:
+        import traceback
 
-    for line in f"{what} failed:\n{traceback.format_exc()}".splitlines():
+        text = traceback.format_exc()
+    except OSError:  # no file descriptor is left for the module; whoever logs a crash must not end by that
+        text = repr(sys.exc_info()[1])
+    for line in f"{what} failed:\n{text}".splitlines():
         log(line)
 
 
@@ -1097,7 +1100,7 @@ class Crawl:
     def signal(self, number: int) -> None:
         """Send a signal to the whole tree."""
         for process in find_processes(self._owns):
-            with contextlib.suppress(psutil.Error):
+            with contextlib.suppress(psutil.Error, OSError):
                 process.send_signal(number)
 
     def _owns(self, pid: int) -> bool:
@@ -1122,14 +1125,30 @@ def read_environment(pid: int) -> list[bytes]:
 
 
 def find_processes(belongs: Callable[[int], bool]) -> set[psutil.Process]:
-    """Return the living processes of which `belongs` is true, with all their descendants."""
-    found: set[psutil.Process] = set()
-    for pid in psutil.pids():
-        with contextlib.suppress(OSError, psutil.Error):
-            if pid != os.getpid() and belongs(pid):
-                process = psutil.Process(pid)
-                found |= {process, *process.children(recursive=True)}
-    return {process for process in found if is_alive(process)}
+    """Return the living processes of which `belongs` is true, with all their descendants.
+
+    When no file descriptor is left to look at them, wait until there is one: nothing may be overlooked.
+    """
+    while True:
+        try:
+            return {process for pid in psutil.pids() for process in find_family(pid, belongs) if is_alive(process)}
+        except OSError as error:
+            if error.errno not in (errno.EMFILE, errno.ENFILE):
+                raise
+            time.sleep(0.05)
+
+
+def find_family(pid: int, belongs: Callable[[int], bool]) -> list[psutil.Process]:
+    """Return a process with all its descendants if `belongs` is true of it and it can be looked at, else nothing."""
+    try:
+        if pid == os.getpid() or not belongs(pid):
+            return []
+        process = psutil.Process(pid)
+        return [process, *process.children(recursive=True)]
+    except (OSError, psutil.Error) as error:
+        if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+            raise
+        return []
 
 
 def is_alive(process: psutil.Process) -> bool:
@@ -3232,6 +3251,40 @@ def serve(options: argparse.Namespace, stop: socket.socket) -> None:
         store.close()
 
 
+def forget_parent() -> None:
+    """Undo what a process may have inherited that breaks a daemon.
+
+    A file that is opened while a standard stream is closed would become that stream. No signal gets through that is
+    blocked, and the kernel keeps no exit code of a crawl while SIGCHLD is ignored.
+    """
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(descriptor)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
+
+
+def be_init() -> int | None:
+    """Fork, return None in the child, and in the parent its exit status when it has ended.
+
+    The first process of a container gets all orphans, see pid_namespaces(7), and must reap them. The daemon itself
+    could not without taking the exit codes of its crawls away.
+    """
+    signals = {signal.SIGCHLD, signal.SIGTERM, signal.SIGINT}
+    signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+    child = os.fork()
+    if child == 0:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
+        return None
+    while True:
+        if (number := signal.sigwait(signals)) != signal.SIGCHLD:
+            os.kill(child, number)
+        while (ended := os.waitpid(-1, os.WNOHANG))[0]:
+            if ended[0] == child:
+                code = os.waitstatus_to_exitcode(ended[1])
+                return code if code >= 0 else 128 - code  # as shells have it
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the command line and return its exit status: 0 when told to stop, 1 when the daemon cannot start.
 
@@ -3239,6 +3292,9 @@ def main(argv: list[str] | None = None) -> int:
     bytecodes of the main thread could come just too late to end a wait.
     """
     options = parse_options(argv)
+    forget_parent()
+    if os.getpid() == 1 and (status := be_init()) is not None:
+        return status
     sys.setswitchinterval(SWITCH_SECONDS)
     stop, wake = socket.socketpair()
     wake.setblocking(False)
