@@ -81,6 +81,7 @@ IDLE_SECONDS = 10.0  # after which a thread without a connection ends
 DRAIN_SECONDS = 2.0  # for the last answers when the daemon stops
 LINGER_SECONDS = 2.0  # how long the rest of a refused body is read, so that the client sees the answer
 GRACE_SECONDS = 1.0  # how long a connection may wait with its request before it gives way to a new one
+FOLLOW_SECONDS = 0.2  # between looks at a log that is followed
 ACCEPT_SECONDS = 0.05  # until a connection is accepted for which there was no file descriptor
 PENALTY_SECONDS = 1.0  # before a wrong password is answered
 NONCE_SECONDS = 300
@@ -1836,6 +1837,11 @@ class Daemon:
         self.job(identifier)
         return self._store.log_file(identifier, stream)
 
+    def writes_log(self, identifier: str) -> bool:
+        """Tell whether a job runs or waits to."""
+        with self._lock:
+            return any(identifier in self._by_status[status] for status in (Status.PENDING, Status.RUNNING))
+
     def status(self) -> dict[str, Any]:
         """Return what the daemon is doing and has done since it was started."""
         with self._lock:
@@ -2092,13 +2098,18 @@ IP_ADDRESS = re.compile(r"[0-9]{1,3}(?:\.[0-9]{1,3}){3}|\[[0-9a-f:.]+\]")
 PART_PARAMETER = re.compile(rb';[ \t]*(%s)=(?:"((?:[^"\\]|\\.)*)"|([^\s;"]*))[ \t]*' % TOKEN, re.DOTALL)
 LOG_PATH = re.compile(rf"/get-log/data/({JOB_PATTERN.pattern})\.(out|err)")
 REASONS = {
-    200: "OK", 400: "Bad Request", 401: "Unauthorized", 403: "Forbidden", 404: "Not Found", 405: "Method Not Allowed",
-    408: "Request Timeout", 409: "Conflict", 413: "Content Too Large", 414: "URI Too Long",
-    415: "Unsupported Media Type", 417: "Expectation Failed", 431: "Request Header Fields Too Large",
+    200: "OK", 206: "Partial Content", 400: "Bad Request", 401: "Unauthorized", 403: "Forbidden", 404: "Not Found",
+    405: "Method Not Allowed", 408: "Request Timeout", 409: "Conflict", 413: "Content Too Large", 414: "URI Too Long",
+    415: "Unsupported Media Type", 416: "Range Not Satisfiable", 417: "Expectation Failed",
+    431: "Request Header Fields Too Large",
     500: "Internal Server Error", 501: "Not Implemented", 503: "Service Unavailable",
     505: "HTTP Version Not Supported", 507: "Insufficient Storage",
 }  # fmt: skip
+BYTE_RANGE = re.compile(r"bytes=([0-9]{0,18})-([0-9]{0,18})", re.ASCII)
+CRLF = "\r\n"
+LOG_TYPE = "text/plain; charset=utf-8"
 TOO_SLOW = "the request took too long to arrive"
+Headers = Iterable[tuple[str, str]]
 Field = tuple[str, Iterator[bytes]]  # a parameter's name and the pieces of its value
 
 
@@ -2216,6 +2227,14 @@ class Wire(Pieces):
             if self._deadline is not None or not is_not_ready(error):
                 raise Gone from None
 
+    def pause(self, seconds: float) -> None:
+        """Wait so long for the client to go, and raise Gone when it does, or says too much to be kept."""
+        self.expect(seconds)
+        with contextlib.suppress(HttpError):
+            while self.more() and len(self.buffer) <= HEAD_BYTES:
+                pass
+            raise Gone
+
     def close(self) -> None:
         """End the connection; TLS wants that said, RFC 8446 section 6.1."""
         with self.socket, contextlib.suppress(OSError, ValueError):
@@ -2245,6 +2264,7 @@ class Request(NamedTuple):
     query: bytes
     headers: dict[str, str]  # by lower-case name
     keeps_alive: bool
+    is_old: bool  # speaks HTTP/1.0
 
 
 def parse_head(head: bytes) -> Request:
@@ -2270,7 +2290,7 @@ def parse_head(head: bytes) -> Request:
         headers["host"] = match[1].decode("latin-1")
     path, _, query = target[match.end() if match else 0 :].partition(b"?")
     text = decode_text(decode_percent(path), "path")
-    return Request(method.decode(), target.decode("latin-1"), text, query, headers, keeps_alive)
+    return Request(method.decode(), target.decode("latin-1"), text, query, headers, keeps_alive, minor == b"0")
 
 
 def parse_headers(lines: list[bytes]) -> dict[str, str]:
@@ -2541,6 +2561,7 @@ def list_jobs(daemon: Daemon, form: dict[str, str]) -> dict[str, Any]:
     return {"jobs": daemon.jobs(groups[form["status"]])}
 
 
+LOG_ROUTE = Route("get-log", "GET", lambda daemon, form: {}, (), ("follow", "tail"))
 ROUTES = {
     f"/{route.name}": route
     for route in (
@@ -2805,7 +2826,7 @@ class Handler:
             self._send_json(200, {"status": "ok", **self._call(route, request)})
         elif match := LOG_PATH.fullmatch(request.path):
             self._check_method(request, "GET")
-            self._send_log(self.server.daemon.log_file(match[1], match[2]))
+            self._send_log(request, match[1], match[2])
         else:
             paths = ", ".join([*ROUTES, "/get-log/data/ID.out", "/get-log/data/ID.err"])
             raise NotFound(f"there is no {request.path:.100}; the paths that exist are {paths}")
@@ -2840,60 +2861,144 @@ class Handler:
         return read_fields(request.headers, self.body.pieces())
 
     def _refuse(self, error: ScrapyDoError) -> None:
-        headers: Iterable[tuple[str, str]] = getattr(error, "headers", ())
+        headers: Headers = getattr(error, "headers", ())
         if error.status != 401 or isinstance(error, WrongPassword):  # that a password is wanted is no event
             what = f"{self.request.method} {self.request.path:.100}" if self.request is not None else "a request"
             log(f"{what} from {self.address} was refused with {error.status}: {error}")
         self._send_json(error.status, {"status": "error", "msg": str(error)}, headers)
 
-    def _send_json(self, status: int, answer: dict[str, Any], headers: Iterable[tuple[str, str]] = ()) -> None:
+    def _send_json(self, status: int, answer: dict[str, Any], headers: Headers = ()) -> None:
         data = (encode_answer(answer) + "\n").encode("utf-8", "backslashreplace")
         self._send(status, "application/json", len(data), data, headers)
 
-    def _send(
-        self, status: int, kind: str, length: int, data: bytes, headers: Iterable[tuple[str, str]] = ()
-    ) -> None:
-        """Send the head and the beginning of an answer at once: two writes would meet Nagle's delay, RFC 896."""
-        self.is_last = self.is_last or not self._is_read()
+    def _send(self, status: int, kind: str, length: int | None, data: bytes, headers: Headers = ()) -> None:
+        """Send the head and the beginning of an answer at once: two writes would meet Nagle's delay, RFC 896.
+
+        Without a length the rest comes in chunks, RFC 9112 section 7.1, or HTTP/1.0 has it up to the end.
+        """
+        is_endless = length is None and self._speaks_1_0()
+        self.is_last = self.is_last or is_endless or not self._is_read()
+        frame = "Transfer-Encoding: chunked" if length is None else f"Content-Length: {length}"
         head = (
-            f"HTTP/1.1 {status} {REASONS[status]}\r\nContent-Type: {kind}\r\nContent-Length: {length}\r\n"
+            f"HTTP/1.1 {status} {REASONS[status]}\r\nContent-Type: {kind}\r\n{'' if is_endless else frame + CRLF}"
             f"Date: {http_date(int(time.time()))}\r\nCache-Control: no-store\r\nX-Content-Type-Options: nosniff\r\n"
             f"Connection: {'close' if self.is_last else 'keep-alive'}\r\n"  # HTTP/1.0 wants to be told
         )
         head += "".join(f"{name}: {value}\r\n" for name, value in headers) + "\r\n"
         self.wire.send(head.encode("latin-1") + (b"" if self._is_head() else data))
 
+    def _send_chunk(self, data: bytes) -> None:
+        """Send a piece of an answer without a length; an empty one ends it."""
+        self.wire.send(data if self._speaks_1_0() else b"%x\r\n%b\r\n" % (len(data), data))
+
+    def _speaks_1_0(self) -> bool:
+        return self.request is not None and self.request.is_old
+
     def _is_head(self) -> bool:
         return self.request is not None and self.request.method == "HEAD"
 
-    def _send_log(self, path: Path) -> None:
-        """Send what a log holds now; a job that has written nothing has an empty one."""
-        try:
-            descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-        except FileNotFoundError:
-            self._send(200, "text/plain; charset=utf-8", 0, b"")
+    def _send_log(self, request: Request, identifier: str, stream: str) -> None:
+        """Send what a log holds now, or the part that is asked for."""
+        form = read_form(LOG_ROUTE, urlencoded_fields(iter([request.query])))
+        path = self.server.daemon.log_file(identifier, stream)
+        lines = whole_number_of(form, "tail", 10**9)
+        if whole_number_of(form, "follow", 1):
+            self._follow_log(path, identifier, lines)
             return
-        except OSError as error:
-            raise NotFound(f"the log cannot be read: {error.strerror}") from None
-        about = os.fstat(descriptor)
-        if not stat.S_ISREG(about.st_mode):
-            os.close(descriptor)
-            raise NotFound("there is something else in the place of the log")
-        with open(descriptor, "rb") as file:
-            left = about.st_size
-            piece = file.read(min(left, CHUNK_BYTES))
-            self._send(200, "text/plain; charset=utf-8", left, piece)
-            while not self._is_head() and (left := left - len(piece)):
+        with open_log(path) as file:
+            size = os.fstat(file.fileno()).st_size
+            start, end, status = tail_start(file, size, lines), size, 200
+            headers = [("Accept-Ranges", "bytes")]
+            if lines is None and (match := BYTE_RANGE.fullmatch(request.headers.get("range", ""))):
+                start, end = range_of(match, size)
+                status, headers = 206, [*headers, ("Content-Range", f"bytes {start}-{end - 1}/{size}")]
+            file.seek(start)
+            piece = file.read(min(end - start, CHUNK_BYTES))
+            self._send(status, LOG_TYPE, end - start, piece, headers)
+            left = end - start - len(piece)
+            while left and not self._is_head():
                 piece = file.read(min(left, CHUNK_BYTES))
                 if not piece:  # cut short while it was read: the client must not wait for the rest
                     raise Gone
                 self.wire.send(piece)
+                left -= len(piece)
 
+    def _follow_log(self, path: Path, identifier: str, lines: int | None) -> None:
+        """Send a log as it grows, until its job has ended, the daemon stops or the client goes."""
+        self._send(200, LOG_TYPE, None, b"")
+        place = None
+        while not self._is_head():
+            is_over = self.server.is_over or not self.server.daemon.writes_log(identifier)  # asked before it is read
+            with open_log(path) as file:
+                size = os.fstat(file.fileno()).st_size
+                place = tail_start(file, size, lines) if place is None else place
+                file.seek(place if place <= size else 0)  # a crawl that begins again begins a new log
+                while piece := file.read(CHUNK_BYTES):
+                    self._send_chunk(piece)
+                place = file.tell()
+            if is_over:
+                self._send_chunk(b"")
+                return
+            self.wire.pause(FOLLOW_SECONDS)
 
 @functools.lru_cache(maxsize=2)
 def http_date(second: int) -> str:
     """Return POSIX seconds as HTTP writes them, RFC 9110 section 5.6.7; Python leaves the names English."""
     return time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime(second))
+
+
+def whole_number_of(form: Mapping[str, str], name: str, most: int) -> int | None:
+    """Return a parameter that is a whole number; None when it is not there."""
+    text = form.get(name)
+    if text is None:
+        return None
+    if not (text.isascii() and text.isdigit() and int(text[:12]) <= most):
+        raise BadRequest(f"the parameter '{name}' must be a whole number from 0 to {most}, not {text!r:.40}")
+    return int(text)
+
+
+def open_log(path: Path) -> IO[bytes]:
+    """Open a log; one that has not begun is empty. Raise NotFound for what is no log, like a link."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except FileNotFoundError:
+        return open(os.devnull, "rb")
+    except OSError as error:
+        raise NotFound(f"the log cannot be read: {error.strerror}") from None
+    if stat.S_ISREG(os.fstat(descriptor).st_mode):
+        return open(descriptor, "rb")
+    os.close(descriptor)
+    raise NotFound("there is something else in the place of the log")
+
+
+def tail_start(file: IO[bytes], size: int, lines: int | None) -> int:
+    """Return where the last lines of a file begin, the last of which may lack its end; None stands for all."""
+    if not lines:
+        return 0 if lines is None else size
+    place, breaks = size, 0
+    while place > 0:
+        start = max(0, place - CHUNK_BYTES)
+        file.seek(start)
+        block = file.read(place - start)
+        at = len(block) - (place == size)  # the line feed at the very end does not begin another line
+        while (at := block.rfind(b"\n", 0, at)) >= 0:
+            breaks += 1
+            if breaks == lines:
+                return start + at + 1
+        place = start
+    return 0
+
+
+def range_of(match: re.Match[str], size: int) -> tuple[int, int]:
+    """Return where the range of a Range header begins and ends in so many bytes, RFC 9110 section 14.1.2."""
+    first, last = match.groups()
+    if first:
+        start, end = int(first), min(size, int(last) + 1) if last else size
+    else:
+        start, end = max(0, size - int(last or 0)), size
+    if start >= end:
+        raise HttpError(416, f"the log has {size} bytes; nothing is there yet", ("Content-Range", f"bytes */{size}"))
+    return start, end
 
 
 class Server:
@@ -2917,7 +3022,7 @@ class Server:
         self._work_ended = threading.Condition(self._lock)
         self._returned: list[Handler] = []  # by the threads
         self._connection_count = self._thread_count = self._work_count = 0
-        self._is_over = False
+        self.is_over = False
 
     def serve(self, stop: socket.socket) -> None:
         """Serve until something can be read from `stop`; then stop listening, and let go of all who wait."""
@@ -2930,7 +3035,7 @@ class Server:
             while stop not in [key.fileobj for key, _ in self._serve_some()]:
                 pass
             with self._lock:
-                self._is_over = True
+                self.is_over = True
             for handler in [*self._parked.values(), *self._returned]:
                 self._close(handler)
 
@@ -3069,7 +3174,7 @@ class Server:
     def _give_back(self, handler: Handler) -> None:
         """Return a connection to the accept loop, or end it."""
         with self._lock:
-            is_over = self._is_over or handler.is_last
+            is_over = self.is_over or handler.is_last
             if not is_over:
                 self._returned.append(handler)
         if is_over:

@@ -5860,6 +5860,149 @@ def test_log_that_is_no_file_is_refused(shop, tmp_path, thing):
         assert "secret" not in check_refusal(line.answer(), *range(400, 508))
 
 
+TAILS = {
+    "": "", "a": "a", "a\n": "a\n", "a\nb": "b", "a\nb\n": "b\n", "\n\n": "\n", "\n": "\n", "a\n\n": "\n",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("content", "last"), TAILS.items())
+def test_tail_gives_the_last_lines(shop, tmp_path, content, last):
+    identifier = shop.wait_job(shop.schedule())["identifier"]
+    path = tmp_path / "data" / "logs" / f"{identifier}.err"
+    path.write_text(content)
+    for count in (0, 1, 2, 10**9):
+        status, _, body = shop.request("GET", f"/get-log/data/{identifier}.err?tail={count}")
+        assert (status, body.decode()) == (200, "".join(content.splitlines(True)[-count:]) if count else "")
+    assert shop.request("GET", f"/get-log/data/{identifier}.err?tail=1")[2].decode() == last
+
+
+@pytest.mark.parametrize("size", [scrapy_do.CHUNK_BYTES + shift for shift in (-1, 0, 1)])
+def test_tail_is_right_across_blocks(shop, tmp_path, size):
+    identifier = shop.wait_job(shop.schedule())["identifier"]
+    for content in (b"x\n" + b"a" * size, b"x\n" + b"a" * size + b"\n", b"x\n\n" * size, (b"a" * 99 + b"\n") * size):
+        (tmp_path / "data" / "logs" / f"{identifier}.err").write_bytes(content)
+        for count in (1, 2, 3, 700, 10 * size):
+            body = shop.request("GET", f"/get-log/data/{identifier}.err?tail={count}")[2]
+            assert body == b"".join(content.splitlines(True)[-count:])
+
+
+RANGES = {
+    "bytes=0-": "0123456789", "bytes=4-": "456789", "bytes=9-": "9", "bytes=0-0": "0", "bytes=2-4": "234", "bytes=5-99": "56789",
+    "bytes=-3": "789", "bytes=-99": "0123456789", "bytes=10-": None, "bytes=99-": None, "bytes=-0": None, "bytes=5-4": None,
+    "bytes=-": None,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("method", ["GET", "HEAD"])
+@pytest.mark.parametrize("asked", [*RANGES, "bytes=0-1,3-4", "lines=1-2", "bytes=a-", "bytes=٣-", ""])
+def test_a_range_of_a_log_is_sent(shop, tmp_path, asked, method):
+    identifier = shop.wait_job(shop.schedule())["identifier"]
+    (tmp_path / "data" / "logs" / f"{identifier}.err").write_text("0123456789")
+    path = f"/get-log/data/{identifier}.err"
+    status, headers, body = speak(shop, head_of(path, f"Range: {asked}", method=method), method == "GET")
+    part = RANGES.get(asked, "all")
+    if part == "all":  # what is no single range may be ignored, RFC 9110 section 14.2
+        assert (status, headers["Content-Range"], headers["Content-Length"]) == (200, None, "10")
+    elif part is None:
+        assert (status, headers["Content-Range"]) == (416, "bytes */10")
+    else:
+        start = "0123456789".index(part)
+        assert (status, headers["Content-Range"]) == (206, f"bytes {start}-{start + len(part) - 1}/10")
+        assert headers["Content-Length"] == str(len(part))
+        assert body.decode() == (part if method == "GET" else "")
+
+
+def test_curl_goes_on_with_a_log_that_was_cut_off(shop, tmp_path):
+    identifier = shop.wait_job(shop.schedule())["identifier"]
+    content = random.Random(5).randbytes(3_000_000)
+    (tmp_path / "data" / "logs" / f"{identifier}.err").write_bytes(content)
+    (tmp_path / "log").write_bytes(content[:1_234_567])
+    url = f"http://localhost:{shop.port}/get-log/data/{identifier}.err"
+    subprocess.run(["curl", "-sSf", "-C", "-", "-o", str(tmp_path / "log"), url], timeout=60, check=True)
+    assert (tmp_path / "log").read_bytes() == content
+
+
+def read_chunked(line):
+    """Return the body of an answer that comes in chunks."""
+    assert line.file.readline() == b"HTTP/1.1 200 OK\r\n"
+    assert http.client.parse_headers(line.file)["Transfer-Encoding"] == "chunked"
+    body = b""
+    while size := int(line.file.readline(), 16):
+        body += line.file.read(size)
+        assert line.file.read(2) == b"\r\n"
+    assert line.file.read(2) == b"\r\n"
+    return body
+
+
+def test_a_log_is_followed_until_its_crawl_has_ended(site, tmp_path):
+    gate = tmp_path / "gate"
+    os.mkfifo(gate)
+    site.push(talker=f"while read line; do echo $line >&2; done < {gate}; printf 'no end' >&2")
+    identifier = site.schedule("talker")
+    url = f"http://localhost:{site.port}/get-log/data/{identifier}.err?follow=1"
+    with subprocess.Popen(["curl", "-sSN", url], stdout=subprocess.PIPE) as curl, open(gate, "w") as writer:
+        for line in ("one", "zażółć", "爬虫" * 1000):
+            writer.write(line + "\n")
+            writer.flush()
+            assert curl.stdout.readline().decode() == line + "\n"
+        writer.close()
+        assert curl.stdout.read() == b"no end"
+        assert curl.wait(30) == 0
+    assert site.job(identifier)["status"] == "SUCCESSFUL"
+    with Line(site) as line:  # what is over ends at once, and the connection stays
+        line.send(head_of(f"/get-log/data/{identifier}.err?follow=1&tail=2") + head_of())
+        assert read_chunked(line) == ("爬虫" * 1000 + "\nno end").encode()
+        assert line.answer()[0] == 200
+
+
+def test_a_log_is_followed_from_before_its_crawl_begins(inside):
+    site = inside(job_slots=1)
+    site.push(slow="while :; do sleep 0.05; done", talker="echo one; echo two; exit 3")
+    first, second = site.schedule("slow"), site.schedule("talker")
+    with Line(site) as line, Line(site) as old:
+        line.send(head_of(f"/get-log/data/{second}.out?follow=1"))
+        old.send(head_of(f"/get-log/data/{second}.out?follow=1&tail=1", version="1.0"))
+        site.wait_job(first, "RUNNING")
+        site.post("cancel-job", id=first)
+        assert read_chunked(line) == b"one\ntwo\n"
+        assert old.file.read().partition(b"\r\n\r\n")[2] == b"one\ntwo\n"
+
+
+def test_who_follows_and_goes_costs_no_thread(site):
+    site.push(slow="while :; do sleep 0.05; done")
+    identifier = site.schedule("slow")
+    for is_reset in (False, True):
+        with Line(site) as line:
+            line.send(head_of(f"/get-log/data/{identifier}.err?follow=1"))
+            assert line.file.readline() == b"HTTP/1.1 200 OK\r\n"
+            if is_reset:
+                line.reset()
+        wait_for(lambda: site.server._work_count == 0)
+    with Line(site) as line:
+        line.send(head_of(f"/get-log/data/{identifier}.err?follow=1"))
+        assert line.file.readline() == b"HTTP/1.1 200 OK\r\n"
+        line.send(b"x" * 200_000)
+        wait_for(lambda: site.server._work_count == 0)
+    site.post("cancel-job", id=identifier)
+
+
+def test_a_stop_ends_those_who_follow(outside):
+    site = outside()
+    site.push(slow="while :; do sleep 0.05; done")
+    identifier = site.schedule("slow")
+    with Line(site) as line:
+        line.send(head_of(f"/get-log/data/{identifier}.err?follow=1"))
+        assert line.file.readline() == b"HTTP/1.1 200 OK\r\n"
+        assert site.stop() == 0
+        assert line.file.read().endswith(b"\r\n0\r\n\r\n")
+
+
+@pytest.mark.parametrize("query", ["follow=2", "follow=yes", "follow=", "tail=-1", "tail=x", "tail=1&tail=1", "tial=1", "tail=²"])
+def test_wrong_parameters_of_a_log_are_400(shop, query):
+    identifier = shop.schedule(when="every 9 days")
+    check_refusal(speak(shop, head_of(f"/get-log/data/{identifier}.err?{query}")), 400)
+
+
 # What cannot happen
 
 
@@ -6049,7 +6192,7 @@ def test_events_are_log_lines_that_cannot_be_faked(outside):
 def test_the_file_stays_short_enough_to_be_read():
     """Growing is a decision: whoever raises the number has looked for the simpler shape."""
     source = MODULE.read_text()
-    assert len(source.splitlines()) <= 3313
+    assert len(source.splitlines()) <= 3418
     banners = re.findall(r"^# ---- ([0-9]+)\. ", source, re.MULTILINE)
     assert banners == [str(number) for number in range(1, 10)]
 
