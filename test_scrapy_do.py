@@ -1268,9 +1268,13 @@ def test_links_in_the_data_folder_are_not_followed(outside, tmp_path):
     for stream in ("out", "err"):  # for the next job
         (folder / "logs" / f"{(job := site.schedule('talk'))}.{stream}").symlink_to(victim)
         assert site.request("GET", f"/get-log/data/{job}.{stream}")[0] == 404
+    (folder / "state.json").unlink()
+    (folder / "state.json").symlink_to(victim)  # so it must be written anew
     (folder / "state.json.new").symlink_to(victim)
     assert site.try_post("schedule-job", project="shop", spider="talk", when="now")[0] == 507
     (folder / "state.json.new").unlink()
+    site.post("cancel-job", id=site.schedule("talk", "every 9 days"))
+    assert not (folder / "state.json").is_symlink()
     release(tmp_path)
     wait_for(lambda: not site.jobs("ACTIVE"))
     assert [("symbolic link" in job["reason"], job["spider"]) for job in site.jobs("FAILED")] == [(True, "talk")] * 2
