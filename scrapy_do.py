@@ -634,7 +634,8 @@ class Store:
         change left behind is put right: a pushed archive gets its name, everything that no record knows is deleted.
         """
         try:
-            document = json.loads(self.state_file.read_bytes()) if self.state_file.exists() else {"version": 1}
+            is_there = os.path.lexists(self.state_file)  # also as a link to what is not mounted now
+            document = json.loads(self.state_file.read_bytes()) if is_there else {"version": 1}
             if not isinstance(document, dict) or type(document.get("version")) is not int:
                 raise ValueError("it is not an object with a 'version'")
             if document["version"] != self.VERSION:
