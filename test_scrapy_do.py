@@ -2310,14 +2310,36 @@ def check_counts(status):
 def test_cancel_twice_at_once_and_at_the_natural_end_gives_one_outcome(inside):
     site = inside(job_slots=2)
     site.push(blink="sleep 0.0$(($$ % 5))")
-    for _ in range(25):
+    draw = random.Random(4)
+    for number in range(60):
         job = site.schedule("blink")
+        moment = time.monotonic() + draw.random() * 0.1 * (number % 2)  # half of them at once: while it starts
+        wait_for(lambda moment=moment: time.monotonic() >= moment)
         answers = in_parallel(*[lambda job=job: site.try_post("cancel-job", id=job)] * 2)
         final = site.wait_job(job)["status"]
         codes = sorted(status for status, _ in answers)
         assert codes in ([200, 200], [200, 409], [409, 409])
         assert final == ("CANCELED" if 200 in codes else "SUCCESSFUL")
     check_counts(site.get("status"))
+
+
+@pytest.mark.parametrize("how", ["cancel", "stop"])
+def test_a_crawl_that_shall_end_while_it_starts_ends_at_once(inside, tmp_path, monkeypatch, how):
+    site, real, go = inside(), scrapy_do.copy_tree, threading.Event()
+    site.push(long="exec sleep 60")
+    monkeypatch.setattr(scrapy_do, "copy_tree", lambda *paths: (go.wait(), real(*paths)))
+    job = site.schedule("long")
+    site.wait_job(job, "RUNNING")
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(site.daemon.cancel, job) if how == "cancel" else pool.submit(site.daemon.close)
+        wait_for(lambda: state(tmp_path)["jobs"][job].get("cancel") if how == "cancel" else site.daemon._is_closing)
+        go.set()
+        asked.result(20)
+    assert state(tmp_path)["jobs"][job]["status"] == {"cancel": "CANCELED", "stop": "PENDING"}[how]
+    assert len(list((tmp_path / "data/work").iterdir())) == 1  # the tree of the project
+    status = site.daemon.status()
+    assert status["jobs-canceled"] == (how == "cancel")
+    assert status["jobs-running"] == 0
 
 
 def test_a_start_that_fails_frees_its_slot(inside, tmp_path, capsys):
@@ -3669,36 +3691,51 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
+class Steady(Client):
+    """Speak to a daemon over one connection, for which it needs no other thread or file descriptor."""
+
+    def __init__(self, site):
+        self.connection = http.client.HTTPConnection("127.0.0.1", site.port, timeout=30)
+        self.push()
+        assert self.wait_job(self.schedule())["status"] == "SUCCESSFUL"
+
+    def request(self, method, path, body=None, headers=None):
+        self.connection.request(method, path, body, headers or {})
+        answer = self.connection.getresponse()
+        return answer.status, answer.headers, answer.read()
+
+    def check_starts_fail(self, reason):
+        jobs = [self.wait_job(self.schedule()) for _ in range(2)]
+        assert [(job["status"], job["exit_code"], reason in job["reason"]) for job in jobs] == [("FAILED", None, True)] * 2
+
+    def check_starts_work(self):
+        assert self.wait_job(self.schedule())["status"] == "SUCCESSFUL"
+        check_counts(self.get("status"))
+        self.connection.close()
+
+
 def test_a_start_without_processes_fails_only_its_job(outside, tmp_path):
     """The kernel's limit does not bind root, whose daemon here runs as somebody else who may read all files."""
     rights = ["--inh-caps=+dac_override", "--ambient-caps=+dac_override"]
     someone = ["setpriv", "--reuid=54321", "--regid=54321", "--clear-groups", *rights] if os.getuid() == 0 else []
     flag = tmp_path / "few"
     launcher = FEW_PROCESSES.format(flag=str(flag))
-    site = outside("--job-slots", "1", command=(*someone, sys.executable, "-c", launcher, str(MODULE)))
-    site.push()
-    assert site.wait_job(site.schedule())["status"] == "SUCCESSFUL"
+    site = Steady(outside("--job-slots", "1", command=(*someone, sys.executable, "-c", launcher, str(MODULE))))
     flag.touch()
-    check_failed_starts(site, "[Errno 11]", flag.unlink)
+    site.check_starts_fail("[Errno 11]")
+    flag.unlink()
+    site.check_starts_work()
 
 
 def test_a_start_without_file_descriptors_fails_only_its_job(outside):
-    site = outside("--job-slots", "1")
-    site.push()
-    assert site.wait_job(site.schedule())["status"] == "SUCCESSFUL"
-    process, kind = psutil.Process(site.process.pid), resource.RLIMIT_NOFILE
+    daemon = outside("--job-slots", "1")
+    site = Steady(daemon)
+    process, kind = psutil.Process(daemon.process.pid), resource.RLIMIT_NOFILE
     limits = resource.prlimit(process.pid, kind)
-    resource.prlimit(process.pid, kind, (process.num_fds() + 3, limits[1]))  # for an answer and a write
-    check_failed_starts(site, "Too many open files", lambda: resource.prlimit(process.pid, kind, limits))
-
-
-def check_failed_starts(site, reason, mend):
-    """Two jobs must fail for that reason; and none when it is mended."""
-    jobs = [site.wait_job(site.schedule()) for _ in range(2)]
-    mend()
-    assert [(job["status"], job["exit_code"], reason in job["reason"]) for job in jobs] == [("FAILED", None, True)] * 2
-    assert site.wait_job(site.schedule())["status"] == "SUCCESSFUL"
-    check_counts(site.get("status"))
+    resource.prlimit(process.pid, kind, (process.num_fds() + 3, limits[1]))  # for a write
+    site.check_starts_fail("Too many open files")
+    resource.prlimit(process.pid, kind, limits)
+    site.check_starts_work()
 
 
 def test_sigterm_at_any_moment_of_the_start_ends_it_well(tmp_path, stub):
