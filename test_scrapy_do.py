@@ -3441,6 +3441,8 @@ def test_it_runs_and_stops_whatever_it_inherits(tmp_path, stub, prepare, has_log
             process = subprocess.Popen([sys.executable, "-c", launch], stdout=log, stderr=log)
         try:
             wait_for(lambda: not refuses(client.port))
+            streams = [os.readlink(f"/proc/{process.pid}/fd/{descriptor}") for descriptor in range(3)]
+            assert [path for path in streams if "data" in path or path.startswith("socket:")] == []
             if is_first:
                 client.push(bad="kill -TERM $$; exit 3", stubborn=STUBBORN, tree="sleep 60 & exit 3")
                 assert client.wait_job(client.schedule("bad"))["exit_code"] == -15
@@ -3654,7 +3656,7 @@ def test_a_full_disk_refuses_changes_and_goes_on(outside, tmp_path, small_disk, 
 
 def test_a_daemon_without_file_descriptors_waits_and_recovers(outside, tmp_path):
     site = outside()
-    site.push(hold=HOLD)
+    site.push(hold=f"sleep 60 & {NOTE}\n{HOLD}")
     running, kept = site.schedule("hold"), site.schedule(when="every 2 hours")
     wait_for(lambda: "started" in site.log(running, "out"))
     used = psutil.Process(site.process.pid).num_fds()
@@ -3668,6 +3670,7 @@ def test_a_daemon_without_file_descriptors_waits_and_recovers(outside, tmp_path)
         line.sendall(b"GET /status.json HTTP/1.1\r\nHost: x\r\n\r\n")
         assert select.select([line], [], [], 0.3)[0] == []
     assert site.wait_job(running)["status"] == "SUCCESSFUL"
+    assert alive(tmp_path / "data/spider-data/pids") == []
     wait_for(lambda: state(tmp_path)["jobs"][running]["status"] == "SUCCESSFUL")
     site.post("cancel-job", id=kept)
     resource.prlimit(site.process.pid, resource.RLIMIT_NOFILE, (used, limits[1]))  # an answer may be had, but no more
