@@ -750,7 +750,7 @@ class Store:
         change left behind is put right: a pushed archive gets its name, everything that no record knows is deleted.
         """
         try:
-            sections = self._read() if self.state_file.exists() else {"projects": {}, "jobs": {}}
+            sections = self._read() if os.path.lexists(self.state_file) else {"projects": {}, "jobs": {}}
             projects = {name: decode_project(name, fields) for name, fields in sections["projects"].items()}
             decoded = (decode_job(identifier, fields) for identifier, fields in sections["jobs"].items())
             jobs = {job.identifier: job for job in decoded}
