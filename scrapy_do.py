@@ -2442,7 +2442,10 @@ def part_name(source: Pieces) -> str:
     while (end := source.buffer.find(b"\r\n\r\n", 0, HEAD_BYTES)) < 0:
         if len(source.buffer) > HEAD_BYTES or not source.more():
             raise BadRequest("a part of the multipart body has no end of its headers")
-    for line in source.take(end + 4).split(b"\r\n"):
+    lines = source.take(end + 4).split(b"\r\n")[1:-2]
+    if not all(map(HEADER_LINE.fullmatch, lines)):
+        raise BadRequest("a part of the multipart body has a line that is no header")
+    for line in lines:
         key, _, value = line.partition(b":")
         kind, _, _ = value.partition(b";")
         if key.strip().lower() == b"content-disposition" and kind.strip().lower() == b"form-data":
