@@ -1798,7 +1798,7 @@ def streamed(*entries):
     return pipe.getvalue()
 
 
-FORGED = {"flags": (6, "<H"), "method": (8, "<H"), "time": (10, "<I"), "crc": (14, "<I"), "packed": (18, "<I"), "size": (22, "<I")}
+FORGED = {"flags": (6, "<H"), "method": (8, "<H"), "time": (10, "<I"), "crc": (14, "<I"), "packed": (18, "<I"), "size": (22, "<I"), "named": (26, "<H")}
 
 
 def forge(archive, name, headers=("local", "central"), **fields):
@@ -1994,6 +1994,10 @@ REFUSED_ARCHIVES = {
     "stored, shorter than it says": (lambda: forge(plus(("evil", "x" * 50, 0o644, STORED)), "evil", size=51), 400, "not a sound zip"),
     "stored, longer than it says": (lambda: forge(plus(("evil", "x" * 50, 0o644, STORED)), "evil", size=49), 400, "not a sound zip"),
     "packed shorter than it says": (lambda: forge(plus(("evil", "x" * 5000)), "evil", packed=500), 400, "entries overlap"),
+    "packed into the next header": (
+        lambda: forge(plus(("evil", "x" * 50, 0o644, STORED), ("next", "")), "evil", packed=60), 400, "entries overlap",
+    ),
+    "name of 50,000 bytes": (lambda: forge(plus(("evil", bytes(60_000), 0o644, STORED)), "evil", ["local"], named=50_000), 400, "not a sound zip"),
     "packed longer than it says": (lambda: forge(plus(("evil", "x" * 5000)), "evil", packed=5), 400, "not a sound zip"),
     **{
         f"zip64 {field} {value:#x}": (lambda field=field, value=value: zip64(**{field: value}), 400, "not a sound zip")
@@ -2025,6 +2029,7 @@ def test_a_bad_archive_is_refused_whole(site, tmp_path, monkeypatch, make, statu
     answered, answer = site.try_push(make())
     assert (answered, answer["status"]) == (status, "error")
     assert reason in answer["msg"]
+    assert len(answer["msg"]) < 800
     assert folder_contents(tmp_path) == before
     assert site.get("list-projects")["projects"] == ["shop"]
     assert site.get("list-spiders", project="shop")["spiders"] == ["quick"]
