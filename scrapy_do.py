@@ -74,7 +74,7 @@ ARCHIVE_ENTRIES = 10_000
 FOLDER_DEPTH = 50
 ZIP_HEADER_BYTES = 30  # before the name of an entry and its data
 ZIP_DIRECTORY_BYTES = 8 * MIB  # the longest list of entries; unpacking takes six times as much memory
-CONFIG_BYTES = 16 * 1024  # the longest scrapy.cfg; ConfigParser takes time by the square of a line
+CONFIG_BYTES = 8 * 1024  # the longest scrapy.cfg; ConfigParser takes time by the square of a line
 ARCHIVE_BYTES = 1024 * MIB  # the most that an archive may unpack to
 BODY_BYTES_PER_SECOND = 10 * 1024  # the least rate of an upload
 IDLE_SECONDS = 10.0  # after which a thread without a connection ends
@@ -2442,7 +2442,10 @@ def part_name(source: Pieces) -> str:
     while (end := source.buffer.find(b"\r\n\r\n", 0, HEAD_BYTES)) < 0:
         if len(source.buffer) > HEAD_BYTES or not source.more():
             raise BadRequest("a part of the multipart body has no end of its headers")
-    for line in source.take(end + 4).split(b"\r\n"):
+    lines = source.take(end + 4).split(b"\r\n")[1:-2]
+    if not all(map(HEADER_LINE.fullmatch, lines)):
+        raise BadRequest("a part of the multipart body has a line that is no header")
+    for line in lines:
         key, _, value = line.partition(b":")
         kind, _, _ = value.partition(b";")
         if key.strip().lower() == b"content-disposition" and kind.strip().lower() == b"form-data":
