@@ -31,6 +31,7 @@ import tempfile
 import threading
 import time
 import types
+import typing
 import urllib.parse
 import uuid
 import warnings
@@ -1511,7 +1512,8 @@ class Faults:
         return self.real["fsync"](descriptor)
 
     def replace(self, source, target):
-        self.fail("replace")
+        if str(target).endswith("/state.json"):
+            self.fail("replace")
         return self.real["replace"](source, target)
 
 
@@ -1539,7 +1541,7 @@ def test_a_write_that_fails_undoes_the_change_and_recovers_by_itself(site, tmp_p
     faults.step, faults.error = step, error
     before = state(tmp_path), site.jobs("ACTIVE")
     if step in ("replace", "folder"):
-        (tmp_path / "data/state.json").touch()  # somebody has been at it, so it is written anew
+        os.utime(tmp_path / "data/state.json", (0, 0))  # somebody has been at it, so it is written anew
     for path, fields in {
         "schedule-job": {"project": "shop", "spider": "quick", "when": "now"},
         "cancel-job": {"id": kept},
@@ -1666,7 +1668,7 @@ def test_what_a_full_disk_did_not_take_is_saved_at_the_stop(inside, tmp_path, mo
     site.push(slow="while [ ! -e $SPIDER_DATA_DIR/go ]; do sleep 0.02; done")
     running = site.schedule("slow")
     wait_for(lambda: "pid" in state(tmp_path)["jobs"][running])
-    (tmp_path / "data/state.json").touch()
+    os.utime(tmp_path / "data/state.json", (0, 0))
     site.schedule(when="every 3 hours")
     faults = Faults(monkeypatch)
     faults.step, faults.error = "write", errno.ENOSPC
@@ -3255,7 +3257,7 @@ class Load:
 
     def check(self, data):
         """Compare what a daemon that has just started says, and has on the disk, with what the clients know."""
-        site, kept = self.site, json.loads((data / "state.json").read_text())
+        site, kept = self.site, fold(json.loads((data / "state.json").read_text()))
         jobs = {job["identifier"]: job for group in ("ACTIVE", "COMPLETED") for job in site.jobs(group)}
         completed = len(site.jobs("COMPLETED"))
         gone = self.sure.keys() - jobs.keys()
@@ -3455,12 +3457,17 @@ class ParkingFaults(Faults):
         self.step = ""
         self.go.set()
 
-    def fail(self):
-        if not self.go.is_set():
+    def fail(self, *steps):
+        if self.step in steps and not self.go.is_set():
             self.parked.set()
             self.go.wait()
         if self.error:
-            super().fail()
+            super().fail(*steps)
+
+    def write(self, write, data):
+        taken = super().write(write, data)
+        self.fail("short")
+        return taken
 
 
 class FakeCrawls:
@@ -3547,6 +3554,8 @@ UNKNOWN = str(uuid.UUID(int=0))
 class Interleavings(hypothesis.stateful.RuleBasedStateMachine):
     """Call a daemon in any order, several calls at once, under any fault, and compare it with what it acknowledged."""
 
+    failures: typing.ClassVar = []  # hypothesis would only say that a failure did not come again
+
     def __init__(self):
         super().__init__()
         self.patch = pytest.MonkeyPatch()
@@ -3596,6 +3605,8 @@ class Interleavings(hypothesis.stateful.RuleBasedStateMachine):
         assert self.crawls.live == {}
 
     def teardown(self):
+        if isinstance(error := sys.exc_info()[1], Exception):
+            self.failures.append(f"{error!r} after {self.steps}")
         try:
             self.faults.step = ""
             with contextlib.suppress(OSError):  # it is closed already if a rule has failed
@@ -3607,9 +3618,15 @@ class Interleavings(hypothesis.stateful.RuleBasedStateMachine):
     def read_state(self):
         """Return the jobs and the projects that the state file has."""
         path = self.folder / "state.json"
-        document = json.loads(path.read_bytes()) if path.exists() else {"jobs": {}, "projects": {}}
+        document = fold(scrapy_do.parse_state(path.read_bytes())) if path.exists() else {"jobs": {}, "projects": {}}
         jobs = {key: scrapy_do.decode_job(key, fields).view() for key, fields in document["jobs"].items()}
         return jobs, document["projects"]
+
+    def fail_at(self, step):
+        """Return a step of a write as the faults have it; some come only when the file is written anew."""
+        if step in ("rename", "folder-fsync"):
+            os.utime(self.folder / "state.json", (0, 0))  # somebody has been at it
+        return STEPS[step]
 
     # What the calls are, and what their answers must be
 
@@ -3720,7 +3737,7 @@ class Interleavings(hypothesis.stateful.RuleBasedStateMachine):
     def look(self):
         """Return the jobs as they are at any moment, and check what must hold always."""
         with self.lock:
-            views = {view["identifier"]: view for view in self.daemon.jobs(scrapy_do.Status)}
+            views = {view["identifier"]: view for view in json.loads(self.daemon.jobs(scrapy_do.Status))}
             for job, view in views.items():
                 assert view["status"] in FLOW[self.seen.get(job, view["status"])], (self.seen, view)
                 self.seen[job] = view["status"]
@@ -3872,7 +3889,7 @@ class Interleavings(hypothesis.stateful.RuleBasedStateMachine):
 
     @hypothesis.stateful.rule(step=st.sampled_from(sorted(STEPS)), error=st.sampled_from(list(ERRORS.values())))
     def the_disk_goes_bad(self, step, error):
-        self.faults.step, self.faults.error = STEPS[step], error
+        self.faults.step, self.faults.error = self.fail_at(step), error
 
     @hypothesis.stateful.precondition(lambda self: self.faults.step)
     @hypothesis.stateful.rule()
@@ -3916,7 +3933,7 @@ class Interleavings(hypothesis.stateful.RuleBasedStateMachine):
     def a_crash(self, calls, step):
         """Hold the writer up at a step, and go on with a copy of the folder, which is what kill -9 would leave."""
         folder, former = self.home / f"{next(self.numbers)}/data", self.folder
-        self.faults.park(STEPS[step], errno.EIO)
+        self.faults.park(self.fail_at(step), errno.EIO)
 
         def crash(is_answered):
             wait_for(self.faults.parked.is_set)
@@ -3938,7 +3955,10 @@ def test_any_interleaving_of_calls_and_faults_keeps_what_was_acknowledged():
         phases=[hypothesis.Phase.generate],  # what threads do cannot be repeated, so it cannot be made shorter either
         suppress_health_check=list(hypothesis.HealthCheck),
     )  # fmt: skip
-    hypothesis.stateful.run_state_machine_as_test(Interleavings, settings=settings)
+    Interleavings.failures.clear()
+    with contextlib.suppress(hypothesis.errors.FlakyStrategyDefinition):  # threads may take another course next time
+        hypothesis.stateful.run_state_machine_as_test(Interleavings, settings=settings)
+    assert Interleavings.failures == []
 
 
 def test_changes_that_share_a_write_see_each_other(site, monkeypatch):
@@ -4167,7 +4187,7 @@ def test_a_full_disk_refuses_changes_and_goes_on(outside, tmp_path, small_disk, 
     wait_for(lambda: "started" in site.log(running, "out"))
 
     def saved():
-        return json.loads((data / "state.json").read_text())["jobs"]
+        return fold(json.loads((data / "state.json").read_text()))["jobs"]
 
     if filler == "a-stranger":
         with contextlib.suppress(OSError), open(disk / "big", "wb", buffering=0) as file:
@@ -6707,7 +6727,7 @@ def test_figures_of_fairness(outside, tmp_path):
         answers = pool.submit(hammer, site, head_of(), 1, 10).result()
         say("schedule-job from 64 clients", len(changes.result()) / 10, "/s")
     say("meanwhile: GET /status.json, 99th percentile", centile(answers, 99), "ms")
-    jobs = json.loads((tmp_path / "data" / "state.json").read_text())["jobs"]
+    jobs = state(tmp_path)["jobs"]
     due = jobs[ticking]["due"]
     late = [(job["origin"] - due) % 1 for job in jobs.values() if job["actor"] == "SCHEDULER"]
     assert len(late) >= 10
