@@ -2199,7 +2199,7 @@ class Wire(Pieces):
         at = self.buffer.find(b"\r\n\r\n", 0, HEAD_BYTES + 4)
         if at < 0 and len(self.buffer) >= HEAD_BYTES + 4:
             raise HttpError(431, f"the head of the request is longer than {HEAD_BYTES} bytes")
-        return self.take(at + 4)[:at].lstrip(b"\r\n") if at >= 0 else None
+        return re.sub(rb"^(?:\r\n)+", b"", self.take(at + 4)[:at]) if at >= 0 else None
 
     def counted(self, length: int) -> Iterator[bytes]:
         """Yield so many bytes."""
