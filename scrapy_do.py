@@ -559,11 +559,12 @@ def decode_record(kind: type[Any], fields: Any) -> Any:
         raise ValueError(f"{fields!r:.40} is not an object")
     try:
         return kind(**{name: _decode_field(name, value) for name, value in fields.items()})
-    except TypeError:
+    except (TypeError, ValueError):
         if unknown := sorted(fields.keys() - set(kind._fields)):
             raise ValueError(f"there is no field '{unknown[0]}'") from None
-        missing = [name for name in kind._fields if name not in fields and name not in kind._field_defaults]
-        raise ValueError(f"the field '{missing[0]}' is missing") from None
+        if missing := [name for name in kind._fields if name not in fields and name not in kind._field_defaults]:
+            raise ValueError(f"the field '{missing[0]}' is missing") from None
+        raise
 
 
 def _decode_field(name: str, value: Any) -> Any:
