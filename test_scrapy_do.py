@@ -3622,11 +3622,10 @@ class Interleavings(hypothesis.stateful.RuleBasedStateMachine):
         jobs = {key: scrapy_do.decode_job(key, fields).view() for key, fields in document["jobs"].items()}
         return jobs, document["projects"]
 
-    def fail_at(self, step):
-        """Return a step of a write as the faults have it; some come only when the file is written anew."""
+    def reach(self, step):
+        """See to it that the next write comes to a step that there is only when the file is written anew."""
         if step in ("rename", "folder-fsync"):
-            os.utime(self.folder / "state.json", (0, 0))  # somebody has been at it
-        return STEPS[step]
+            os.utime(self.folder / "state.json", (0, 0))  # as if somebody had been at it
 
     # What the calls are, and what their answers must be
 
@@ -3889,7 +3888,8 @@ class Interleavings(hypothesis.stateful.RuleBasedStateMachine):
 
     @hypothesis.stateful.rule(step=st.sampled_from(sorted(STEPS)), error=st.sampled_from(list(ERRORS.values())))
     def the_disk_goes_bad(self, step, error):
-        self.faults.step, self.faults.error = self.fail_at(step), error
+        self.faults.step, self.faults.error = STEPS[step], error
+        self.reach(step)
 
     @hypothesis.stateful.precondition(lambda self: self.faults.step)
     @hypothesis.stateful.rule()
@@ -3933,7 +3933,8 @@ class Interleavings(hypothesis.stateful.RuleBasedStateMachine):
     def a_crash(self, calls, step):
         """Hold the writer up at a step, and go on with a copy of the folder, which is what kill -9 would leave."""
         folder, former = self.home / f"{next(self.numbers)}/data", self.folder
-        self.faults.park(self.fail_at(step), errno.EIO)
+        self.faults.park(STEPS[step], errno.EIO)
+        self.reach(step)
 
         def crash(is_answered):
             wait_for(self.faults.parked.is_set)
