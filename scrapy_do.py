@@ -838,7 +838,7 @@ class Store:
         for (section, key), record in changed.items():
             change[section][key] = record
         try:
-            is_long = self._end > 2 * self._first_end + MIB
+            is_long = self._end > 4 * (self._first_end + MIB)
             if self.is_behind or is_long or not self._append({name: lines for name, lines in change.items() if lines}):
                 self._replace({section: {**records[section], **change[section]} for section in records})
             self.is_behind = False
@@ -1112,14 +1112,13 @@ class Crawl:
 def read_environment(pid: int) -> list[bytes]:
     """Return the environment that a process was started with. Raise OSError or psutil.Error when it is hidden.
 
-    Linux shows none while the process is executing another program, so an empty one is read again for a while. A
-    process of the kernel, which is in no session, has none ever.
+    Linux shows none while the process is executing another program, so an empty one is read again for a while.
     """
     if sys.platform == "linux":  # psutil takes ten times as long
         for _ in range(ENVIRONMENT_READS):
             with open(f"/proc/{pid}/environ", "rb", buffering=0) as file:
                 environment = file.readall()
-            if environment or os.getsid(pid) == 0 or not is_alive(psutil.Process(pid)):
+            if environment or not is_alive(psutil.Process(pid)):
                 break
             time.sleep(ENVIRONMENT_SECONDS)
         return environment.split(b"\0")
@@ -1143,7 +1142,7 @@ def find_processes(belongs: Callable[[int], bool]) -> set[psutil.Process]:
 def find_family(pid: int, belongs: Callable[[int], bool]) -> list[psutil.Process]:
     """Return a process with all its descendants if `belongs` is true of it and it can be looked at, else nothing."""
     try:
-        if pid == os.getpid() or not belongs(pid):
+        if pid == os.getpid() or os.getsid(pid) == 0 or not belongs(pid):  # the kernel's threads are in no session
             return []
         process = psutil.Process(pid)
         return [process, *process.children(recursive=True)]
