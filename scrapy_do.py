@@ -2022,7 +2022,8 @@ class Daemon:
         """
         environment = {**os.environ, "SPIDER_DATA_DIR": str(self._store.spider_data), "PYTHONIOENCODING": "utf-8"}
         environment.update(SCRAPY_JOB=identifier, SCRAPY_PROJECT=project, SCRAPY_SPIDER=spider)
-        environment.pop("SCRAPY_SETTINGS_MODULE", None)
+        for name in ("SCRAPY_SETTINGS_MODULE", "NOTIFY_SOCKET"):  # no spider may speak for the daemon
+            environment.pop(name, None)
         if settings:
             environment["SCRAPY_SETTINGS_MODULE"] = settings
         return environment
@@ -3340,6 +3341,14 @@ def listen(options: argparse.Namespace, daemon: Daemon) -> Server:
     return server
 
 
+def tell_supervisor(state: str) -> None:
+    """Tell the service manager that has started the daemon how it is, see sd_notify(3); others are told nothing."""
+    address = os.environ.get("NOTIFY_SOCKET", "")
+    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as wire:
+        if address:
+            wire.sendto(state.encode(), address.replace("@", "\0", 1) if address.startswith("@") else address)
+
+
 def serve(options: argparse.Namespace, stop: socket.socket) -> None:
     """Run the daemon until something can be read from `stop`. Raise ScrapyDoError when it cannot start."""
     store = Store(Path(os.path.abspath(options.data_dir)))
@@ -3350,7 +3359,9 @@ def serve(options: argparse.Namespace, stop: socket.socket) -> None:
         daemon.start()
         host = f"[{server.host}]" if ":" in server.host else server.host
         log(f"scrapy-do {__version__} listens on {'https' if server.rules.tls else 'http'}://{host}:{server.port}")
+        tell_supervisor("READY=1")
         server.serve(stop)
+        tell_supervisor("STOPPING=1")
         log("stopping: crawls are being ended, their jobs will run again at the next start")
         daemon.close()
         server.drain(DRAIN_SECONDS)

@@ -6486,10 +6486,25 @@ def test_events_are_log_lines_that_cannot_be_faked(outside):
     assert all(line[:2] == "20" and line[19] == " " and "faked" not in line for line in lines), lines
 
 
+@pytest.mark.parametrize("is_abstract", [False, True])
+def test_a_service_manager_is_told_of_the_start_and_the_stop(outside, tmp_path, is_abstract):
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        name = f"scrapy-do-{uuid.uuid4()}" if is_abstract else str(tmp_path / "notify")
+        manager.bind("\0" + name if is_abstract else name)
+        manager.settimeout(30)
+        site = outside(environment={"NOTIFY_SOCKET": "@" + name if is_abstract else name})
+        assert manager.recv(100) == b"READY=1"
+        site.push(speaker='echo "${NOTIFY_SOCKET-none}"')
+        assert site.log(site.wait_job(site.schedule("speaker"))["identifier"], "out") == "none\n"
+        site.process.send_signal(signal.SIGTERM)
+        assert manager.recv(100) == b"STOPPING=1"
+        assert site.process.wait(30) == 0
+
+
 def test_the_file_stays_short_enough_to_be_read():
     """Growing is a decision: whoever raises the number has looked for the simpler shape."""
     source = MODULE.read_text()
-    assert len(source.splitlines()) <= 3421
+    assert len(source.splitlines()) <= 3432
     banners = re.findall(r"^# ---- ([0-9]+)\. ", source, re.MULTILINE)
     assert banners == [str(number) for number in range(1, 10)]
 
