@@ -3176,18 +3176,19 @@ class Server:
             self._give_back(handler)
 
     def _give_back(self, handler: Handler) -> None:
-        """Return a connection to the accept loop, or end it."""
+        """Return a connection to the accept loop, or end it; this thread is free before the next request can come."""
         with self._lock:
             is_over = self.is_over or handler.is_last
             if not is_over:
                 self._returned.append(handler)
+                self._work_count -= 1
         if is_over:
             self._close(handler)
         else:
             with contextlib.suppress(OSError):  # the loop knows already, or has just ended
                 self._wake.send(b"x")
         with self._lock:
-            self._work_count -= 1
+            self._work_count -= is_over
             if self._work_count == 0:
                 self._work_ended.notify_all()
 
