@@ -2109,6 +2109,10 @@ REASONS = {
 BYTE_RANGE = re.compile(r"bytes=([0-9]{0,18})-([0-9]{0,18})", re.ASCII)
 CRLF = "\r\n"
 LOG_TYPE = "text/plain; charset=utf-8"
+PAGE_HEADERS = [  # nothing from elsewhere, and no frame around it, whose owner could lead a click
+    ("Content-Security-Policy", "default-src 'none'; connect-src 'self'; script-src 'unsafe-inline'; "
+     "style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"),
+]  # fmt: skip
 TOO_SLOW = "the request took too long to arrive"
 Headers = Iterable[tuple[str, str]]
 Field = tuple[str, Iterator[bytes]]  # a parameter's name and the pieces of its value
@@ -2831,8 +2835,11 @@ class Handler:
         elif match := LOG_PATH.fullmatch(request.path):
             self._check_method(request, "GET")
             self._send_log(request, match[1], match[2])
+        elif request.path == "/":
+            self._check_method(request, "GET")
+            self._send(200, "text/html; charset=utf-8", len(PAGE.encode()), PAGE.encode(), PAGE_HEADERS)
         else:
-            paths = ", ".join([*ROUTES, "/get-log/data/ID.out", "/get-log/data/ID.err"])
+            paths = ", ".join(["/", *ROUTES, "/get-log/data/ID.out", "/get-log/data/ID.err"])
             raise NotFound(f"there is no {request.path:.100}; the paths that exist are {paths}")
 
     def _check_method(self, request: Request, method: str) -> None:
@@ -3427,6 +3434,185 @@ def main(argv: list[str] | None = None) -> int:
         print(f"scrapy-do: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+# ---- 10. Page --------------------------------------------------------------------------------------------------------
+
+PAGE = r"""<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width">
+<title>scrapy-do</title>
+<style>
+:root { color-scheme: light dark; --line: #8884; --good: #2a7; --bad: #d44; --soft: #888 }
+body { font: 15px/1.45 system-ui, sans-serif; max-width: 62rem; margin: 0 auto; padding: 0 .8rem 3rem }
+h1 { font-size: 1.3rem; margin: .8rem 0 .2rem }
+h2 { font-size: 1.05rem; margin: 1.6rem 0 .4rem }
+form { display: flex; flex-wrap: wrap; gap: .5rem; align-items: end }
+label { display: flex; flex-direction: column; font-size: .8rem; color: var(--soft); flex: 1 1 9rem; min-width: 0 }
+input, select, button { font: inherit; padding: .3rem .5rem; min-width: 0; max-width: 100% }
+table { border-collapse: collapse; width: 100% }
+td, th { text-align: left; vertical-align: top; padding: .3rem .6rem .3rem 0; border-top: 1px solid var(--line) }
+th { font-size: .8rem; color: var(--soft); border: 0 }
+td { overflow-wrap: anywhere }
+button { white-space: nowrap }
+pre { border: 1px solid var(--line); padding: .5rem; height: 22rem; overflow: auto }
+pre, #message { white-space: pre-wrap; overflow-wrap: anywhere }
+.soft { color: var(--soft) } .good { color: var(--good) } .bad { color: var(--bad) }
+#message:empty { display: none }
+#message { position: sticky; top: 0; padding: .5rem; border: 1px solid var(--line); background: Canvas }
+@media (max-width: 40rem) {
+  thead { display: none }
+  tr { display: block; border-top: 1px solid var(--line); padding: .4rem 0 }
+  td { display: block; border: 0; padding: 0 }
+}
+</style>
+<h1>scrapy-do</h1>
+<div id="status" class="soft"></div>
+<div id="message" role="status"></div>
+<h2>Projects</h2>
+<table><tbody id="projects"></tbody></table>
+<form id="push">
+  <label>Push a zipped project<input type="file" name="archive" accept=".zip" required></label>
+  <button>Push</button>
+</form>
+<h2>Schedule</h2>
+<form id="schedule">
+  <label>Project<select name="project" required></select></label>
+  <label>Spider<select name="spider" required></select></label>
+  <label>When<input name="when" value="now" placeholder="every monday at 12:30" required></label>
+  <label>Description<input name="description"></label>
+  <button>Schedule</button>
+</form>
+<h2>Active jobs</h2>
+<table><thead><tr><th>Job<th>When<th>Since<th></thead><tbody id="active"></tbody></table>
+<h2>Finished jobs</h2>
+<table><thead><tr><th>Job<th>Outcome<th>Items<th>Took<th>Ended<th></thead><tbody id="completed"></tbody></table>
+<div id="viewer" hidden>
+  <h2>Log <span id="name" class="soft"></span></h2>
+  <pre id="log" tabindex="0"></pre>
+  <button id="close">Close</button>
+</div>
+<noscript>This page needs JavaScript; curl does not.</noscript>
+<script>
+"use strict";
+// Whatever comes from outside goes into the page as text, never as HTML.
+const find = id => document.getElementById(id);
+const make = (tag, props = {}, ...children) => {
+  const element = Object.assign(document.createElement(tag), props);
+  element.append(...children);
+  return element;
+};
+const say = (text, bad) => { find("message").textContent = text; find("message").className = bad ? "bad" : ""; };
+
+async function ask(path, body) {
+  const answer = await fetch(path, body && {method: "POST", body});
+  const document = await answer.json();
+  if (document.status !== "ok") throw new Error(document.msg);
+  return document;
+}
+
+const form = fields => new URLSearchParams(fields);
+const button = (text, act) => make("button", {type: "button", textContent: text, onclick: () => run(act)});
+
+async function run(act) {
+  try { await act(); } catch (error) { say(error.message, true); }
+  await refresh();
+}
+
+let reader = null;
+async function follow(job, stream) {
+  if (reader) reader.abort();
+  const mine = reader = new AbortController();
+  find("viewer").hidden = false;
+  find("name").textContent = `${job.spider} ${job.identifier}.${stream}`;
+  find("log").textContent = "";
+  find("viewer").scrollIntoView();
+  try {
+    const answer = await fetch(`get-log/data/${job.identifier}.${stream}?follow=1&tail=1000`, {signal: mine.signal});
+    for (const pieces = answer.body.pipeThrough(new TextDecoderStream()).getReader(); ;) {
+      const {done, value} = await pieces.read();
+      if (done) break;
+      const log = find("log"), atEnd = log.scrollTop + log.clientHeight >= log.scrollHeight - 40;
+      log.append(value);
+      if (atEnd) log.scrollTop = log.scrollHeight;
+    }
+  } catch (error) { if (!mine.signal.aborted) say(error.message, true); }
+}
+find("close").onclick = () => { if (reader) reader.abort(); find("viewer").hidden = true; };
+
+const logs = job => make("td", {},
+  button("log", () => { follow(job, "err"); }), " ", button("out", () => { follow(job, "out"); }));
+const title = job => make("td", {title: job.identifier},
+  make("b", {textContent: job.spider}), ` ${job.project} `,
+  make("span", {className: "soft", textContent: job.description}));
+const moment = text => make("td", {className: "soft", textContent: text.slice(0, 19)});
+
+function activeRow(job) {
+  const cancel = () => confirm(`Cancel ${job.spider}?`) && ask("cancel-job.json", form({id: job.identifier}));
+  const when = job.status === "SCHEDULED" ? `${job.schedule}; next ${job.next_run.slice(0, 19)}` : job.status;
+  const last = job.status === "SCHEDULED" ? make("td") : logs(job);
+  last.append(" ", button("cancel", cancel));
+  return make("tr", {}, title(job), make("td", {textContent: when}), moment(job.timestamp), last);
+}
+
+function completedRow(job) {
+  const isGood = job.status === "SUCCESSFUL", items = job.stats ? job.stats.items : null;
+  return make("tr", {}, title(job),
+    make("td", {className: isGood ? "good" : "bad", textContent: job.reason || job.status}),
+    make("td", {className: isGood && items === 0 ? "bad" : "", textContent: items === null ? "" : `${items} items`}),
+    make("td", {textContent: job.duration === null ? "" : `${job.duration} s`}), moment(job.timestamp), logs(job));
+}
+
+function choose(name, values) {
+  const box = find("schedule").elements[name], was = box.value;
+  if ([...box.options].map(option => option.value).join("\n") === values.join("\n")) return;
+  box.replaceChildren(...values.map(value => make("option", {value, textContent: value})));
+  if (values.includes(was)) box.value = was;
+}
+
+function projectRow(list) {
+  const remove = () => confirm(`Remove ${list.project}?`) && ask("remove-project.json", form({name: list.project}));
+  return make("tr", {}, make("td", {}, make("b", {textContent: list.project})),
+    make("td", {textContent: list.spiders.join(", ")}), make("td", {}, button("remove", remove)));
+}
+
+const lists = ["list-jobs.json?status=ACTIVE", "list-jobs.json?status=COMPLETED", "list-projects.json"];
+let spiders = {}, shown = "";
+async function refresh() {
+  try {
+    const status = await ask("status.json");
+    find("status").textContent = `${status.hostname}, up ${status.uptime}, ${status.time.slice(0, 19)}: ` +
+      `${status["jobs-running"]} running, ${status["jobs-pending"]} waiting, ${status["jobs-scheduled"]} scheduled`;
+    const [active, completed, {projects}] = await Promise.all(lists.map(path => ask(path)));
+    const found = await Promise.all(projects.map(project => ask("list-spiders.json?" + form({project}))));
+    const news = JSON.stringify([active, completed, found]);
+    if (news === shown) return;  // a button must not go away under the mouse
+    shown = news;
+    spiders = Object.fromEntries(found.map(list => [list.project, list.spiders]));
+    find("projects").replaceChildren(...found.map(projectRow));
+    choose("project", projects);
+    choose("spider", spiders[find("schedule").elements.project.value] || []);
+    find("active").replaceChildren(...active.jobs.map(activeRow));
+    find("completed").replaceChildren(...completed.jobs.map(completedRow));
+  } catch (error) { say(`The daemon does not answer: ${error.message}`, true); }
+}
+
+find("schedule").elements.project.onchange = event => choose("spider", spiders[event.target.value] || []);
+find("schedule").onsubmit = event => { event.preventDefault(); run(async () => {
+  const made = await ask("schedule-job.json", new URLSearchParams(new FormData(event.target)));
+  say(made.next_run ? `Next run: ${made.next_run.slice(0, 19)}` : "It starts as soon as a slot is free.");
+}); };
+find("push").onsubmit = event => { event.preventDefault(); run(async () => {
+  say("Pushing...");
+  const made = await ask("push-project.json", new FormData(event.target));
+  say(`${made.name} has the spiders ${made.spiders.join(", ")}`);
+}); };
+
+refresh();
+setInterval(() => { if (!document.hidden) refresh(); }, 3000);
+</script>
+"""
 
 
 if __name__ == "__main__":

@@ -6504,12 +6504,94 @@ def test_a_service_manager_is_told_of_the_start_and_the_stop(outside, tmp_path, 
 def test_the_file_stays_short_enough_to_be_read():
     """Growing is a decision: whoever raises the number has looked for the simpler shape."""
     source = MODULE.read_text()
-    assert len(source.splitlines()) <= 3432
+    assert len(source.splitlines()) <= 3619
     banners = re.findall(r"^# ---- ([0-9]+)\. ", source, re.MULTILINE)
-    assert banners == [str(number) for number in range(1, 10)]
+    assert banners == [str(number) for number in range(1, 11)]
 
 
-# ---- 10. Real Scrapy -------------------------------------------------------------------------------------------------
+# ---- 10. Page --------------------------------------------------------------------------------------------------------
+
+
+def test_the_page_takes_nothing_from_elsewhere_and_makes_no_html_of_what_it_is_told(site):
+    status, headers, body = site.request("GET", "/")
+    assert (status, headers["Content-Type"], headers["X-Content-Type-Options"]) == (200, "text/html; charset=utf-8", "nosniff")
+    assert "default-src 'none'" in headers["Content-Security-Policy"]
+    page = body.decode()
+    assert not re.findall(r"https?:|//\w|innerHTML|insertAdjacent|document\.write|outerHTML|eval\(", page)
+    assert page.count("\n") < 200
+    assert site.request("HEAD", "/")[1]["Content-Length"] == str(len(body))
+    check_refusal(speak(site, head_of("/", method="POST")), 405)
+    site.limit(users=USERS)
+    assert site.request("GET", "/")[0] == 401
+
+
+@pytest.fixture
+def browser():
+    """Return a headless chromium."""
+    webdriver = pytest.importorskip("selenium.webdriver")
+    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
+    if not (chromium and driver):
+        pytest.skip("chromium or its driver is not installed")
+    options = webdriver.ChromeOptions()
+    options.binary_location = chromium
+    for option in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--window-size=1000,1300"):
+        options.add_argument(option)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    chrome = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
+    yield chrome
+    chrome.quit()
+
+
+def test_a_browser_pushes_schedules_watches_and_cancels(browser, site, tmp_path):
+    hostile = "<img src=x onerror=document.title='hacked'>"
+    (tmp_path / "shop.zip").write_bytes(stub_project(
+        talker=f"echo \"{hostile} żółw\" >&2; while [ ! -e {tmp_path}/end ]; do sleep 0.05; done; echo last >&2", failing="exit 3",
+    ))  # fmt: skip
+
+    def element(path):
+        return wait_for(lambda: browser.find_elements("xpath", path))[0]
+
+    def text(identifier):
+        return browser.find_element("id", identifier).text
+
+    def schedule(spider, when):
+        browser.find_element("name", "spider").send_keys(spider)
+        box = browser.find_element("name", "when")
+        box.clear()
+        box.send_keys(when)
+        element("//button[text()='Schedule']").click()
+
+    browser.get(f"http://localhost:{site.port}/")
+    browser.find_element("name", "archive").send_keys(str(tmp_path / "shop.zip"))
+    element("//button[text()='Push']").click()
+    wait_for(lambda: "shop has the spiders failing, quick, talker" in text("message"))
+    element("//select[@name='spider']/option[text()='talker']")
+    browser.find_element("name", "description").send_keys(hostile)
+    schedule("talker", "now")
+    element("//tbody[@id='active']//td[text()='RUNNING']")
+    element("//tbody[@id='active']//button[text()='log']").click()
+    wait_for(lambda: text("log") == f"{hostile} żółw")
+    (tmp_path / "end").touch()
+    wait_for(lambda: text("log") == f"{hostile} żółw\nlast")
+    element("//tbody[@id='completed']//td[text()='SUCCESSFUL']")
+    schedule("failing", "now")
+    element("//tbody[@id='completed']//td[contains(text(), 'exit code 3')]")
+    schedule("quick", "every monday at 12:30")
+    wait_for(lambda: "Next run: " in text("message"))
+    element("//tbody[@id='active']//button[text()='cancel']").click()
+    wait_for(lambda: browser.switch_to.alert or True).accept()
+    element("//tbody[@id='completed']//td[text()='canceled by the user']")
+    schedule("quick", "every moonday")
+    wait_for(lambda: "'moonday' does not fit" in text("message"))
+    assert hostile in text("completed")
+    assert browser.title == "scrapy-do"
+    browser.set_window_size(400, 800)
+    assert browser.execute_script("return document.documentElement.scrollWidth <= innerWidth")
+    messages = [entry["message"] for entry in browser.get_log("browser")]
+    assert [message for message in messages if "400 (Bad Request)" not in message and "favicon" not in message] == []
+
+
+# ---- 11. Real Scrapy -------------------------------------------------------------------------------------------------
 
 REAL_SPIDER = """
 import json, os, sys
@@ -6654,7 +6736,7 @@ def test_a_real_schedule_makes_real_crawls_across_a_crash(real, website):
     assert real.jobs("FAILED") == []
 
 
-# ---- 11. Benchmarks --------------------------------------------------------------------------------------------------
+# ---- 12. Benchmarks --------------------------------------------------------------------------------------------------
 
 # They print figures and are run by hand: python -m pytest -m benchmark -s
 
