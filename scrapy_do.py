@@ -1068,7 +1068,7 @@ class Crawl:
 
     def __init__(self, command: list[str], folder: Path, environment: dict[str, str], out: Path, err: Path):
         """Start the command; its output goes to new files. Raise OSError or ValueError when that fails."""
-        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW
+        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_NONBLOCK  # a link or a pipe fails
         with contextlib.ExitStack() as stack:
             streams = [stack.enter_context(open(os.open(path, flags, 0o600), "wb")) for path in (out, err)]
             self._process = subprocess.Popen(

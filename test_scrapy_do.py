@@ -1293,6 +1293,17 @@ def test_links_in_the_data_folder_are_not_followed(outside, tmp_path):
     assert (victim.read_text(), (others / "file").read_text(), os.listdir(others)) == ("mine", "mine", ["file"])
 
 
+def test_a_pipe_in_the_place_of_a_log_holds_no_slot(outside, tmp_path):
+    site = outside("--job-slots", "1")
+    site.push(hold=HOLD)
+    site.wait_job(site.schedule("hold"), "RUNNING")
+    job = site.schedule()
+    os.mkfifo(tmp_path / "data/logs" / f"{job}.out")
+    release(tmp_path)
+    assert "No such device" in site.wait_job(job)["reason"]
+    assert site.wait_job(site.schedule())["status"] == "SUCCESSFUL"
+
+
 def test_a_reason_that_is_not_utf_8_can_be_saved():
     """Such a file name once ended the writer's thread; os.fsdecode makes surrogates of it."""
     reason = "no such file: " + os.fsdecode(b"\xff")
