@@ -6469,6 +6469,13 @@ def test_help_and_version_end_well(capsys):
     assert f"scrapy-do {scrapy_do.__version__}" in capsys.readouterr().out
 
 
+def test_it_runs_as_a_module_too(outside, tmp_path):
+    shutil.copy(MODULE, tmp_path)  # beside which Python may keep it compiled
+    site = outside(command=(sys.executable, "-m", "scrapy_do"))
+    assert site.get("status")["daemon-version"] == scrapy_do.__version__
+    assert site.stop() == 0
+
+
 def test_a_taken_port_is_one_sentence(outside, tmp_path):
     site = outside()
     status, said = run_main("--port", str(site.port), "--data-dir", str(tmp_path / "other"))
