@@ -52,7 +52,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from enum import Enum
 from pathlib import Path
 from typing import IO, Any, NamedTuple, TypeVar
@@ -70,6 +70,8 @@ HEAD_BYTES = 64 * 1024  # the longest request line and headers together
 URL_BYTES = 8 * 1024
 HEADERS_COUNT = 100
 TEXT_BYTES = MIB  # the longest value of a parameter that is not an archive
+REPEATS_COUNT = 100  # of a parameter that may be repeated,
+REPEATS_BYTES = 100 * 1024  # and all its values together; Linux takes 128 KiB for one argument of a command
 ARCHIVE_ENTRIES = 10_000
 FOLDER_DEPTH = 50
 ZIP_HEADER_BYTES = 30  # before the name of an entry and its data
@@ -454,6 +456,8 @@ class Job(NamedTuple):
     timestamp: float
     description: str = ""
     payload: str = "{}"
+    arg: tuple[str, ...] = ()  # NAME=VALUE each, like those of `setting`
+    setting: tuple[str, ...] = ()
     origin: float = 0.0  # when it was made: gives `every day` its time of day
     due: float | None = None  # of a SCHEDULED job
     run: str | None = None  # of a SCHEDULED job: the job that it made last
@@ -470,6 +474,7 @@ class Job(NamedTuple):
             "identifier": self.identifier, "status": self.status.value, "actor": self.actor.value,
             "schedule": self.schedule, "project": self.project, "spider": self.spider,
             "description": self.description, "payload": self.payload,
+            "args": list(self.arg), "settings": list(self.setting),
             "timestamp": local_time(self.timestamp), "duration": self.duration,
             "next_run": None if self.due is None else local_time(self.due),
             "exit_code": self.exit_code, "reason": self.reason,
@@ -501,6 +506,7 @@ NAME_BYTES = 200  # a file name has at most 255, and the archive's has more than
 FIELD_TYPES: dict[str, type] = {  # all other fields are str
     "status": Status, "actor": Actor, "timestamp": float, "origin": float, "due": float, "duration": int,
     "exit_code": int, "cancel": bool, "pid": int, "pid_created": float, "spiders": list,
+    "arg": list, "setting": list,
 }  # fmt: skip
 SHARED_FIELDS = ("schedule", "project", "spider", "description")  # thousands of jobs have the same, and one text for it
 encode_json = json.JSONEncoder(ensure_ascii=False).encode  # json.dumps would make such an encoder for each call
@@ -1781,11 +1787,16 @@ class Daemon:
     # Jobs
 
     def schedule(
-        self, project: str, spider: str, when: str, description: str = "", payload: str = "{}"
-    ) -> dict[str, Any]:
-        """Make a job and return its identifier, and when it runs. `payload` is the text of a JSON object."""
+        self, project: str, spider: str, when: str, description: str = "", payload: str = "{}",
+        arg: Sequence[str] = (), setting: Sequence[str] = (),
+    ) -> dict[str, Any]:  # fmt: skip
+        """Make a job and return its identifier, and when it runs.
+
+        `payload` is the text of a JSON object, `arg` and `setting` hold NAME=VALUE for the spider and for Scrapy.
+        """
         recurrence = parse_spec(when)
         check_payload(payload)
+        check_options(arg, setting, payload)
         project, spider, when, description = map(sys.intern, (project, spider, when, description))
 
         def add_job(draft: Draft) -> dict[str, Any]:
@@ -1793,7 +1804,7 @@ class Daemon:
                 raise NotFound(f"project '{project}' has no spider '{spider}'; it has {', '.join(known)}")
             job = Job(
                 new_identifier(), Status.PENDING, Actor.USER, when, project, spider, draft.now, description, payload,
-                origin=draft.now,
+                tuple(arg), tuple(setting), origin=draft.now,
             )  # fmt: skip
             if recurrence is not None:
                 job = job._replace(status=Status.SCHEDULED, due=job.recurrence().next_after(draft.now))
@@ -1910,9 +1921,9 @@ class Daemon:
             draft.skipped += 1
             draft.put(job._replace(due=due), f"job {identifier} is due but skipped: run {job.run} is waiting still")
             return
-        run = Job(
-            new_identifier(), Status.PENDING, Actor.SCHEDULER, "now", job.project, job.spider, draft.now,
-            job.description, job.payload, origin=draft.now,
+        run = job._replace(
+            identifier=new_identifier(), status=Status.PENDING, actor=Actor.SCHEDULER, schedule="now",
+            timestamp=draft.now, origin=draft.now, due=None, run=None,
         )  # fmt: skip
         draft.put(job._replace(due=due, run=run.identifier))
         draft.put(run, f"job {run.identifier} is PENDING, since {identifier} was due: {job.project} {job.spider}")
@@ -1957,9 +1968,9 @@ class Daemon:
 
     def _launch(self, job: Job, folder: Path) -> Crawl:
         """Start the crawl of a job in a working copy of its project, and save its number."""
-        command = [*self._settings.scrapy, "crawl", job.spider]
-        if job.payload != "{}":
-            command += ["-a", f"payload={job.payload}"]
+        payload = [f"payload={job.payload}"] if job.payload != "{}" else []
+        options = [("-a", text) for text in (*payload, *job.arg)] + [("-s", text) for text in job.setting]
+        command = [*self._settings.scrapy, "crawl", job.spider, *itertools.chain(*options)]
         try:
             project = self._copy_project(job.project, folder)
         except OSError as error:  # shutil.Error is one, with a list of (source, target, what went wrong)
@@ -1983,7 +1994,7 @@ class Daemon:
             return self._start_crawl(command, folder, environment, out, err)  # type: ignore[no-any-return]
         except OSError as error:
             if error.errno == errno.E2BIG:
-                raise BadRequest("the payload is too long for an argument of a command") from None
+                raise BadRequest("the payload, args and settings are too long for a command") from None
             if isinstance(error, (FileNotFoundError, PermissionError)):
                 advice = f"'{command[0]}' cannot be started; install Scrapy, or say where it is by --scrapy"
                 raise BadRequest(f"{advice} ({error.strerror})") from None
@@ -2060,6 +2071,17 @@ def check_payload(payload: str) -> None:
         raise BadRequest(f"the payload is not JSON: {error}") from None
     if not isinstance(value, dict):
         raise BadRequest('the payload must be a JSON object, like {"page": 2}')
+
+
+def check_options(arg: Sequence[str], setting: Sequence[str], payload: str) -> None:
+    """Raise BadRequest unless arguments and settings are NAME=VALUE, and none is the payload again."""
+    wrong = [f"arg {text!r:.60}" for text in arg if not re.fullmatch(r"[^-=\0\s][^=\0]*=[^\0]*", text)]
+    wrong += [f"setting {text!r:.60}" for text in setting if not re.fullmatch(r"[^\W\d]\w*=[^\0]*", text)]
+    if wrong:
+        rules = "a name is not empty and has no first '-', that of a setting is an identifier, and there is no NUL"
+        raise BadRequest(f"the {wrong[0]} must be NAME=VALUE, like page=2 or LOG_LEVEL=INFO; {rules}")
+    if payload != "{}" and any(text.startswith("payload=") for text in arg):
+        raise BadRequest("there are both the parameter payload and an arg named payload; leave one of them out")
 
 
 def explain_list_error(exit_code: int, errors: str, scrapy: tuple[str, ...]) -> str:
@@ -2456,8 +2478,11 @@ def part_name(source: Pieces) -> str:
     raise BadRequest("a part of the multipart body has no name")
 
 
-def json_fields(pieces: Iterator[bytes]) -> Iterator[Field]:
-    """Yield the members of a JSON object; one that is an object itself, like a payload, as its JSON text."""
+def json_fields(pieces: Iterator[bytes], repeatable: tuple[str, ...] = ()) -> Iterator[Field]:
+    """Yield the members of a JSON object; one that is an object itself, like a payload, as its JSON text.
+
+    Those of the `repeatable` names may be lists.
+    """
 
     def refuse_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         if len(twins := {name for name, _ in pairs}) < len(pairs):
@@ -2471,10 +2496,13 @@ def json_fields(pieces: Iterator[bytes]) -> Iterator[Field]:
     if not isinstance(document, dict):
         raise BadRequest("the JSON body must be one object")
     for name, value in document.items():
-        if not isinstance(value, (str, dict)):
-            raise BadRequest(f"the parameter '{name:.40}' must be a string")
-        text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-        yield name, iter([text.encode("utf-8", "surrogatepass")])
+        values = value if name in repeatable and isinstance(value, list) else [value]
+        if not all(isinstance(item, (str, dict)) for item in values):
+            more = " or a list of strings" if name in repeatable else ""
+            raise BadRequest(f"the parameter '{name:.40}' must be a string{more}")
+        for item in values:
+            text = item if isinstance(item, str) else json.dumps(item, ensure_ascii=False)
+            yield name, iter([text.encode("utf-8", "surrogatepass")])
 
 
 def join_pieces(pieces: Iterator[bytes], what: str) -> bytes:
@@ -2487,14 +2515,14 @@ def join_pieces(pieces: Iterator[bytes], what: str) -> bytes:
     return bytes(joined)
 
 
-def read_fields(headers: Mapping[str, str], pieces: Iterator[bytes]) -> Iterator[Field]:
+def read_fields(headers: Mapping[str, str], pieces: Iterator[bytes], repeatable: tuple[str, ...]) -> Iterator[Field]:
     """Yield the fields of a body by its content type. Raise HttpError for one that is not known."""
     kind, _, rest = headers.get("content-type", "application/x-www-form-urlencoded").partition(";")
     kind = kind.strip().lower()
     if kind == "application/x-www-form-urlencoded":
         return urlencoded_fields(pieces)
     if kind == "application/json":
-        return json_fields(pieces)
+        return json_fields(pieces, repeatable)
     if kind != "multipart/form-data":
         raise HttpError(415, f"a body of type '{kind:.60}' is not understood; send a form (curl -F or -d) or JSON")
     boundary = re.search(r'boundary=(?:"([^"]{1,200})"|([^\s;",]{1,200}))', rest, re.I)
@@ -2523,36 +2551,44 @@ class Route(NamedTuple):
 
     name: str
     method: str
-    answer: Callable[[Daemon, dict[str, str]], dict[str, Any]]
+    answer: Callable[[Daemon, dict[str, Any]], dict[str, Any]]
     required: tuple[str, ...] = ()
     optional: tuple[str, ...] = ()
+    repeatable: tuple[str, ...] = ()  # optional, too
     is_quick: bool = False  # answered from memory, shortly
 
 
-def read_form(route: Route, fields: Iterator[Field], upload: Path | None = None) -> dict[str, str]:
-    """Return the parameters of a request; an archive is saved to `upload`, and its value is that path.
+def read_form(route: Route, fields: Iterator[Field], upload: Path | None = None) -> dict[str, Any]:
+    """Return the parameters of a request as texts, a repeatable one as the list of its texts.
 
-    Raise BadRequest that names a parameter which is unknown, there twice, or missing.
+    An archive is saved to `upload`, and its value is that path. Raise BadRequest that names a parameter which is
+    unknown, there twice, or missing, and TooLarge for one that is repeated too often.
     """
-    known = route.required + route.optional
-    exist = f"the parameters that exist are {', '.join(known)}" if known else "it takes none"
-    form: dict[str, str] = {}
+    known = route.required + route.optional + route.repeatable
+    shown = ", ".join([*route.required, *route.optional, *(f"{name} (may be repeated)" for name in route.repeatable)])
+    exist = f"the parameters that exist are {shown}" if known else "it takes none"
+    form: dict[str, Any] = {}
     for name, pieces in fields:
         if name not in known:
             raise BadRequest(f"{route.name} has no parameter '{name:.60}'; {exist}")
-        if name in form:
-            raise BadRequest(f"the parameter '{name}' is there twice; {exist}, each once")
+        if name in form and name not in route.repeatable:
+            raise BadRequest(f"the parameter '{name}' is there twice; {exist}")
+        value: Any = str(upload)
         if name == "archive" and upload is not None:
             save_pieces(pieces, upload)
-            form[name] = str(upload)
         else:
-            form[name] = decode_text(join_pieces(pieces, f"parameter '{name}'"), f"parameter '{name}'")
+            value = decode_text(join_pieces(pieces, f"parameter '{name}'"), f"parameter '{name}'")
+        if name in route.repeatable:
+            value = [*form.get(name, ()), value]
+            if len(value) > REPEATS_COUNT or len("".join(value).encode()) > REPEATS_BYTES:
+                raise TooLarge(f"'{name}' may be there {REPEATS_COUNT} times, with {REPEATS_BYTES} bytes in all")
+        form[name] = value
     if missing := [name for name in route.required if name not in form]:
         raise BadRequest(f"{route.name} needs the parameter '{missing[0]}'; {exist}")
     return form
 
 
-def list_jobs(daemon: Daemon, form: dict[str, str]) -> dict[str, Any]:
+def list_jobs(daemon: Daemon, form: dict[str, Any]) -> dict[str, Any]:
     """Answer list-jobs.json: one job by its `id`, or all in a `status`."""
     if len(form) != 1:
         raise BadRequest("list-jobs.json needs one of the parameters status and id")
@@ -2574,7 +2610,7 @@ ROUTES = {
         Route("list-spiders.json", "GET", lambda daemon, form: daemon.spiders(**form), ("project",), is_quick=True),
         Route(
             "schedule-job.json", "POST", lambda daemon, form: daemon.schedule(**form),
-            ("project", "spider", "when"), ("description", "payload"),
+            ("project", "spider", "when"), ("description", "payload"), ("arg", "setting"),
         ),
         Route("list-jobs.json", "GET", list_jobs, (), ("status", "id")),
         Route("cancel-job.json", "POST", lambda daemon, form: daemon.cancel(form["id"]), ("id",)),
@@ -2861,7 +2897,7 @@ class Handler:
             raise HttpError(417, f"the expectation {expectation!r:.40} cannot be met")
         if expectation and not self.body.is_read:
             self.wire.send(b"HTTP/1.1 100 Continue\r\n\r\n")
-        return read_fields(request.headers, self.body.pieces())
+        return read_fields(request.headers, self.body.pieces(), route.repeatable)
 
     def _refuse(self, error: ScrapyDoError) -> None:
         headers: Headers = getattr(error, "headers", ())

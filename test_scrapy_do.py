@@ -126,7 +126,7 @@ class Client:
     def try_post(self, path, **fields):
         """Return the status and the JSON of a POST."""
         headers = {"Content-Type": "application/x-www-form-urlencoded"}
-        return self.call("POST", f"/{path}.json", urllib.parse.urlencode(fields), headers)
+        return self.call("POST", f"/{path}.json", urllib.parse.urlencode(fields, doseq=True), headers)
 
     def post(self, path, **fields):
         """Return the JSON of a POST that must succeed."""
@@ -2679,7 +2679,7 @@ def test_a_job_has_the_keys_of_the_contract(site):
     assert answer["next_run"] == job["next_run"] > job["timestamp"]
     assert {**job, "timestamp": "", "next_run": "", "identifier": ""} == {
         "identifier": "", "status": "SCHEDULED", "actor": "USER", "schedule": "Every  3 hours", "project": "shop",
-        "spider": "quick", "description": "Opis żółty", "payload": "{}", "timestamp": "", "duration": None,
+        "spider": "quick", "description": "Opis żółty", "payload": "{}", "args": [], "settings": [], "timestamp": "", "duration": None,
         "next_run": "", "exit_code": None, "reason": None,
     }  # fmt: skip
     done = site.wait_job(site.schedule(payload='{"a": "漢字"}'))
@@ -2711,6 +2711,68 @@ def test_a_crawl_gets_its_environment_and_payload(inside, monkeypatch):
     job = site.schedule("show")
     site.wait_job(job)
     assert "args: " in site.log(job, "out").splitlines()
+
+
+ARGS = ["page=-2", "page=2", "eq==x= ", "zdanie=zażółć\n--gęślą jaźń;", "漢字=漢 字", "none="]
+SETTINGS = ["LOG_LEVEL=-x y", "_MARK1=a=b\n漢字", "EMPTY=", "EMPTY="]
+SHOW = "for word; do printf '%s|' \"$word\"; done"
+
+
+@pytest.mark.parametrize("kind", ["urlencoded", "multipart", "json", "json text"])
+def test_args_and_settings_reach_the_crawl_unchanged_and_in_order(site, kind):
+    site.push(show=SHOW)
+    args, settings = (ARGS, SETTINGS) if kind != "json text" else (ARGS[-1:], SETTINGS[:1])
+    fields = {"project": "shop", "spider": "show", "when": "now", "payload": '{"a": 1}', "arg": args, "setting": settings}
+    pairs = [(name, v) for name, value in fields.items() for v in ([value] if isinstance(value, str) else value)]
+    body = {
+        "urlencoded": (urllib.parse.urlencode(pairs).encode(), URLENCODED),
+        "multipart": (b"\r\n".join([*(part_of(name, value.encode()) for name, value in pairs), CLOSING]), MULTIPART),
+        "json": (json.dumps(fields).encode(), JSON),
+        "json text": (json.dumps(dict(pairs)).encode(), JSON),
+    }[kind]
+    job = site.wait_job(json.loads(speak(site, post_of("/schedule-job.json", *body))[2])["identifier"])
+    assert (job["args"], job["settings"]) == (args, settings)
+    words = [word for flag, texts in (("-a", ['payload={"a": 1}', *args]), ("-s", settings)) for text in texts for word in (flag, text)]
+    assert site.log(job["identifier"], "out").split("|") == [*words, ""]
+
+
+def test_args_and_settings_go_to_the_runs_of_a_schedule_after_a_crash(outside):
+    site = outside()
+    site.push(show=SHOW)
+    schedule = site.schedule("show", "every second", arg=ARGS, setting=SETTINGS)
+    site.kill()
+    site.start()
+    run = wait_for(lambda: site.jobs("SUCCESSFUL"))[0]
+    assert site.log(run["identifier"], "out").split("|")[1::2] == [*ARGS, *SETTINGS]
+    for job in (run, site.job(schedule)):
+        assert (job["args"], job["settings"]) == (ARGS, SETTINGS)
+
+
+@pytest.mark.parametrize(
+    ("fields", "status", "words"),
+    [
+        *(({"arg": text}, 400, ["arg", "NAME=VALUE"]) for text in ("", "a", "=1", " =1", "-a=1", "a\0=1", "a=\0")),
+        *(({"setting": text}, 400, ["setting", "NAME=VALUE"]) for text in ("", "A", "=1", "1A=1", "A B=1", "A-B=1", "A=\0")),
+        ({"arg": ["a=1", "b"]}, 400, ["'b'"]),
+        ({"arg": "payload=x", "payload": '{"a": 1}'}, 400, ["payload", "arg", "leave one of them out"]),
+        ({"arg": ["a=1"] * 101}, 413, ["'arg'", "100 times"]),
+        ({"setting": ["A=" + "a" * 1000] * 99 + ["A=" + "ż" * 2000]}, 413, ["'setting'", "102400 bytes"]),
+    ],
+    ids=lambda value: repr(value)[:40],
+)
+def test_an_arg_or_setting_that_is_none_is_refused(site, fields, status, words):
+    site.push()
+    code, answer = site.try_post("schedule-job", **PLAN, **fields)
+    assert (code, [word for word in words if word not in answer["msg"]]) == (status, []), answer
+    assert site.jobs("ACTIVE") == []
+
+
+def test_the_most_args_and_settings_are_taken(site):
+    site.push(count='echo "$#"')
+    texts = [f"A{number}=" + "a" * 1000 for number in range(100)]
+    job = site.schedule("count", arg=["payload=x", *texts[1:]], setting=texts)
+    assert site.wait_job(job)["reason"] is None
+    assert site.log(job, "out") == "400\n"
 
 
 def test_jobs_start_in_the_order_of_their_making(inside, tmp_path):
@@ -2908,7 +2970,7 @@ def test_a_start_that_fails_frees_its_slot(inside, tmp_path, capsys):
         script.chmod(0o755)
         assert site.wait_job(site.schedule())["status"] == "SUCCESSFUL"
     long = site.wait_job(site.schedule(payload=json.dumps({"x": "y" * 200_000})))
-    assert (long["status"], long["reason"]) == ("FAILED", "the payload is too long for an argument of a command")
+    assert (long["status"], long["reason"]) == ("FAILED", "the payload, args and settings are too long for a command")
     assert site.wait_job(site.schedule())["status"] == "SUCCESSFUL"
     check_counts(site.get("status"))
 
@@ -3536,7 +3598,7 @@ FLOW = {  # from each status, those that may be seen later
     **{status: {status} for status in ("SUCCESSFUL", "FAILED", "CANCELED")},
 }
 ENDED = ("SUCCESSFUL", "FAILED", "CANCELED")
-FIXED = ("actor", "schedule", "project", "spider", "description", "payload")
+FIXED = ("actor", "schedule", "project", "spider", "description", "payload", "args", "settings")
 SHOPS = st.sampled_from(["shop", "other"])
 NUMBERS = st.integers(0, 9)
 WHEN = st.sampled_from(["now", "now", "now", "every 10 minutes", "every 1 to 2 hours", "every day at 10:30"])
@@ -4405,8 +4467,8 @@ def test_sigterm_during_a_write_and_a_cancel_and_a_start_keeps_what_is_acknowled
 NOBODY = "01234567-89ab-cdef-0123-456789abcdef"
 URLENCODED, MULTIPART, JSON = "application/x-www-form-urlencoded", "multipart/form-data; boundary=xYz", "application/json"
 JOB_KEYS = {
-    "identifier", "status", "actor", "schedule", "project", "spider", "description", "payload", "timestamp", "duration",
-    "next_run", "exit_code", "reason",
+    "identifier", "status", "actor", "schedule", "project", "spider", "description", "payload", "args", "settings",
+    "timestamp", "duration", "next_run", "exit_code", "reason",
 }  # fmt: skip
 GET_ROUTES = {
     "/status.json": {
@@ -4628,7 +4690,7 @@ WRONG_PARAMETERS = {
     "no archive": ("/push-project.json", b"", ["archive"]),
     "two archives": ("/push-project.json", b"archive=a&archive=b", ["twice", "archive"]),
     "other archive": ("/push-project.json", b"archive=a&egg=b", ["egg", "archive"]),
-    "no when": ("/schedule-job.json", b"project=shop&spider=quick", ["when", "description", "payload"]),
+    "no when": ("/schedule-job.json", b"project=shop&spider=quick", ["when", "description", "payload", "arg (may be repeated), setting (may"]),
     "no spider": ("/schedule-job.json", b"project=shop&when=now", ["spider", "when"]),
     "no project": ("/schedule-job.json", b"spider=quick&when=now", ["project", "when"]),
     "two payloads": ("/schedule-job.json", PLAN_URLENCODED + b"&payload={}&payload={}", ["twice", "payload", "when"]),
@@ -4900,6 +4962,10 @@ BAD_JSONS = {
     "number as a value": json.dumps({**PLAN, "description": 1}).encode(),
     "null as a value": json.dumps({**PLAN, "description": None}).encode(),
     "list as a value": json.dumps({**PLAN, "description": ["a"]}).encode(),
+    "list of a number": json.dumps({**PLAN, "arg": ["a=1", 2]}).encode(),
+    "list of a list": json.dumps({**PLAN, "setting": [["A=1"]]}).encode(),
+    "object as an arg": json.dumps({**PLAN, "arg": {"a": "1"}}).encode(),
+    "lone surrogate in an arg": json.dumps({**PLAN, "arg": ["a=\ud800"]}).encode(),
     "object as a description": json.dumps({**PLAN, "payload": "[]"}).encode(),
     "the same name twice": json.dumps(PLAN).replace('"when"', '"project": "shop", "when"').encode(),
     "the same name twice, escaped": json.dumps(PLAN).replace('"when"', '"\\u0070roject": "shop", "when"').encode(),
@@ -6489,7 +6555,7 @@ def test_events_are_log_lines_that_cannot_be_faked(outside):
 def test_the_file_stays_short_enough_to_be_read():
     """Growing is a decision: whoever raises the number has looked for the simpler shape."""
     source = MODULE.read_text()
-    assert len(source.splitlines()) <= 3421
+    assert len(source.splitlines()) <= 3457
     banners = re.findall(r"^# ---- ([0-9]+)\. ", source, re.MULTILINE)
     assert banners == [str(number) for number in range(1, 10)]
 
@@ -6514,6 +6580,7 @@ class Pages(scrapy.Spider):
 
     def parse(self, response):
         self.logger.info("Zażółć gęślą jaźń: %s", self.wish.get("word"))
+        self.logger.info("note %r, mark %r", getattr(self, "note", None), self.settings.get("MARK"))
         yield {"title": response.css("title::text").get(), "job": os.environ["SCRAPY_JOB"]}
         yield from response.follow_all(css="a")
 
@@ -6604,6 +6671,17 @@ def test_a_real_crawl_runs_to_its_end_in_any_language(real, website, tmp_path):
     items = [json.loads(line) for line in (tmp_path / "data/spider-data/pages.jsonl").read_text().splitlines()]
     assert [item["title"] for item in items] == [f"Strona {number} – 頁" for number in (1, 2, 3)]
     assert {item["job"] for item in items} == {job}
+
+
+def test_args_and_settings_reach_a_real_spider_and_scrapy(real, website):
+    job = real.schedule(
+        "pages", project="real", payload=json.dumps({"site": website}), arg=["note=-1 = żółć\n漢字"],
+        setting=["DEPTH_LIMIT=1", "MARK=--x=żółw"],
+    )  # fmt: skip
+    assert real.wait_job(job)["reason"] is None
+    log = real.log(job)
+    assert log.count("note '-1 = żółć\\n漢字', mark '--x=żółw'") == 2, log  # pages; the third is too deep
+    assert "'item_scraped_count': 2" in log
 
 
 def test_a_real_crawl_that_is_canceled_flushes_its_feed(real, website, tmp_path):
