@@ -458,6 +458,7 @@ class Job(NamedTuple):
     payload: str = "{}"
     arg: tuple[str, ...] = ()  # NAME=VALUE each, like those of `setting`
     setting: tuple[str, ...] = ()
+    timeout: float | None = None  # seconds that the crawl may take; None leaves it to --job-timeout
     origin: float = 0.0  # when it was made: gives `every day` its time of day
     due: float | None = None  # of a SCHEDULED job
     run: str | None = None  # of a SCHEDULED job: the job that it made last
@@ -474,7 +475,7 @@ class Job(NamedTuple):
             "identifier": self.identifier, "status": self.status.value, "actor": self.actor.value,
             "schedule": self.schedule, "project": self.project, "spider": self.spider,
             "description": self.description, "payload": self.payload,
-            "args": list(self.arg), "settings": list(self.setting),
+            "args": list(self.arg), "settings": list(self.setting), "timeout": self.timeout,
             "timestamp": local_time(self.timestamp), "duration": self.duration,
             "next_run": None if self.due is None else local_time(self.due),
             "exit_code": self.exit_code, "reason": self.reason,
@@ -506,7 +507,7 @@ NAME_BYTES = 200  # a file name has at most 255, and the archive's has more than
 FIELD_TYPES: dict[str, type] = {  # all other fields are str
     "status": Status, "actor": Actor, "timestamp": float, "origin": float, "due": float, "duration": int,
     "exit_code": int, "cancel": bool, "pid": int, "pid_created": float, "spiders": list,
-    "arg": list, "setting": list,
+    "arg": list, "setting": list, "timeout": float,
 }  # fmt: skip
 SHARED_FIELDS = ("schedule", "project", "spider", "description")  # thousands of jobs have the same, and one text for it
 encode_json = json.JSONEncoder(ensure_ascii=False).encode  # json.dumps would make such an encoder for each call
@@ -1427,6 +1428,7 @@ class Settings(NamedTuple):
     completed_cap: int = 50
     kill_after: float = 10.0
     list_timeout: float = 60.0
+    job_timeout: float = 0.0  # of jobs that have none of their own; 0 lets them run on
 
 
 class Daemon:
@@ -1730,8 +1732,7 @@ class Daemon:
             source = LIST_SETTINGS.format(mark=mark, settings=layout.settings, module=LIST_MODULE)
             (work / f"{LIST_MODULE}.py").write_text(source, encoding="utf-8")
             crawl = self._start([*self._settings.scrapy, "list"], folder, environment, work / "out", work / "err")
-            self._timer.after(work.name, self._settings.list_timeout)
-            exit_code = self._wait_for(work.name, crawl)
+            exit_code = self._wait_for(work.name, crawl, self._settings.list_timeout)
             output, errors = ((work / name).read_text("utf-8", "replace") for name in ("out", "err"))
         finally:
             remove_tree(work)
@@ -1788,15 +1789,17 @@ class Daemon:
 
     def schedule(
         self, project: str, spider: str, when: str, description: str = "", payload: str = "{}",
-        arg: Sequence[str] = (), setting: Sequence[str] = (),
+        arg: Sequence[str] = (), setting: Sequence[str] = (), timeout: str | None = None,
     ) -> dict[str, Any]:  # fmt: skip
         """Make a job and return its identifier, and when it runs.
 
-        `payload` is the text of a JSON object, `arg` and `setting` hold NAME=VALUE for the spider and for Scrapy.
+        `payload` is the text of a JSON object, `arg` and `setting` hold NAME=VALUE for the spider and for Scrapy, and
+        `timeout` is the text of a number of seconds; None leaves it to the one of all jobs.
         """
         recurrence = parse_spec(when)
         check_payload(payload)
         check_options(arg, setting, payload)
+        seconds = None if timeout is None else read_timeout(timeout)
         project, spider, when, description = map(sys.intern, (project, spider, when, description))
 
         def add_job(draft: Draft) -> dict[str, Any]:
@@ -1804,7 +1807,7 @@ class Daemon:
                 raise NotFound(f"project '{project}' has no spider '{spider}'; it has {', '.join(known)}")
             job = Job(
                 new_identifier(), Status.PENDING, Actor.USER, when, project, spider, draft.now, description, payload,
-                tuple(arg), tuple(setting), origin=draft.now,
+                tuple(arg), tuple(setting), seconds, origin=draft.now,
             )  # fmt: skip
             if recurrence is not None:
                 job = job._replace(status=Status.SCHEDULED, due=job.recurrence().next_after(draft.now))
@@ -1888,12 +1891,14 @@ class Daemon:
         self._submit(lambda draft: self._fire(draft, identifier), is_fact=True, queue=self._firings)
 
     def _on_deadline(self, identifier: str) -> None:
+        """Kill a crawl that was asked to end, and ask one that was not: its time is over."""
         with self._lock:
             crawl = self._crawls.get(identifier)
-            if crawl is not None and not crawl.ended_for:
-                crawl.ended_for = "timeout"
-        if crawl is not None:
+            is_asked = crawl is not None and crawl.ended_for != ""
+        if crawl is not None and is_asked:
             crawl.signal(signal.SIGKILL)
+        else:
+            self._end_crawl(identifier, "timeout")
 
     def _on_clock_set_back(self) -> None:
         def recover(draft: Draft) -> None:
@@ -1951,11 +1956,14 @@ class Daemon:
         """Run one crawl from start to end."""
         folder = self._store.new_work_path()
         began = self._clock.monotonic()
+        timeout = job.timeout or self._settings.job_timeout or None
         crawl, exit_code = None, None
         try:
             crawl = self._launch(job, folder)
-            exit_code = self._wait_for(job.identifier, crawl)
+            exit_code = self._wait_for(job.identifier, crawl, timeout)
             reason = explain_exit(exit_code)
+            if crawl.ended_for == "timeout":  # to which Scrapy answers by ending well
+                reason = f"it ran longer than its timeout of {timeout:.15g} s"
         except ScrapyDoError as error:
             reason = str(error)
         except Exception as error:
@@ -2000,10 +2008,15 @@ class Daemon:
                 raise BadRequest(f"{advice} ({error.strerror})") from None
             raise StorageError(f"'{command[0]}' cannot be started: {error}") from None
 
-    def _wait_for(self, identifier: str, crawl: Crawl) -> int:
-        """Return the exit code of a crawl that may be ended meanwhile, or that shall end before it was known."""
+    def _wait_for(self, identifier: str, crawl: Crawl, timeout: float | None) -> int:
+        """Return the exit code of a crawl that may be ended meanwhile, or that shall end before it was known.
+
+        After `timeout` seconds it is ended; None lets it run on.
+        """
         with self._lock:
             self._crawls[identifier] = crawl
+            if timeout is not None:
+                self._timer.after(identifier, timeout)
             is_canceled = identifier in self._jobs and self._jobs[identifier].cancel
             why = "cancel" if is_canceled else "stop" if self._is_closing else ""
         if why:
@@ -2016,14 +2029,19 @@ class Daemon:
             self._timer.drop(identifier)
 
     def _end_crawl(self, identifier: str, why: str) -> None:
-        """Ask a crawl to end, and kill it some time later; one that is not known yet is asked when it is."""
+        """Ask a crawl to end, and kill it some time later; one that is not known yet is asked when it is.
+
+        It is asked once, whatever comes after a timeout: to Scrapy, a second SIGTERM means to drop what it has.
+        """
         with self._lock:
             crawl = self._crawls.get(identifier)
             if crawl is None or crawl.is_over:
                 return
-            crawl.ended_for = crawl.ended_for or why
-            self._timer.after(identifier, self._settings.kill_after)
-        crawl.signal(signal.SIGTERM)
+            is_asked, crawl.ended_for = crawl.ended_for != "", why
+            if not is_asked:
+                self._timer.after(identifier, self._settings.kill_after)
+        if not is_asked:
+            crawl.signal(signal.SIGTERM)
 
     def _environment(self, identifier: str, project: str, settings: str, spider: str = "") -> dict[str, str]:
         """Return the environment of a crawl.
@@ -2041,8 +2059,7 @@ class Daemon:
     def _finish(self, draft: Draft, identifier: str, is_interrupted: bool, outcome: dict[str, Any]) -> None:
         """Give a job that has run its last status, or the first one again."""
         job = draft.find_job(identifier)
-        code = outcome["exit_code"]
-        event = f" after {outcome['duration']} s, {outcome['reason'] if code is None else f'exit code {code}'}"
+        event = f" after {outcome['duration']} s, {outcome['reason'] or 'exit code 0'}"
         if job.cancel:
             draft.move(job, Status.CANCELED, event, **{**outcome, "reason": BY_USER})
         elif is_interrupted:
@@ -2082,6 +2099,14 @@ def check_options(arg: Sequence[str], setting: Sequence[str], payload: str) -> N
         raise BadRequest(f"the {wrong[0]} must be NAME=VALUE, like page=2 or LOG_LEVEL=INFO; {rules}")
     if payload != "{}" and any(text.startswith("payload=") for text in arg):
         raise BadRequest("there are both the parameter payload and an arg named payload; leave one of them out")
+
+
+def read_timeout(text: str) -> float:
+    """Return the number of seconds that a timeout is. Raise BadRequest for one that cannot be."""
+    with contextlib.suppress(ValueError):
+        if 0 < (seconds := float(text)) <= 10**6:
+            return seconds
+    raise BadRequest(f"the timeout must be a number of seconds above 0, at most 1000000, not {text!r:.40}")
 
 
 def explain_list_error(exit_code: int, errors: str, scrapy: tuple[str, ...]) -> str:
@@ -2479,7 +2504,7 @@ def part_name(source: Pieces) -> str:
 
 
 def json_fields(pieces: Iterator[bytes], repeatable: tuple[str, ...] = ()) -> Iterator[Field]:
-    """Yield the members of a JSON object; one that is an object itself, like a payload, as its JSON text.
+    """Yield the members of a JSON object; an object, like a payload, or a number as its JSON text.
 
     Those of the `repeatable` names may be lists.
     """
@@ -2497,7 +2522,7 @@ def json_fields(pieces: Iterator[bytes], repeatable: tuple[str, ...] = ()) -> It
         raise BadRequest("the JSON body must be one object")
     for name, value in document.items():
         values = value if name in repeatable and isinstance(value, list) else [value]
-        if not all(isinstance(item, (str, dict)) for item in values):
+        if not all(type(item) in (str, dict, int, float) for item in values):
             more = " or a list of strings" if name in repeatable else ""
             raise BadRequest(f"the parameter '{name:.40}' must be a string{more}")
         for item in values:
@@ -2610,7 +2635,7 @@ ROUTES = {
         Route("list-spiders.json", "GET", lambda daemon, form: daemon.spiders(**form), ("project",), is_quick=True),
         Route(
             "schedule-job.json", "POST", lambda daemon, form: daemon.schedule(**form),
-            ("project", "spider", "when"), ("description", "payload"), ("arg", "setting"),
+            ("project", "spider", "when"), ("description", "payload", "timeout"), ("arg", "setting"),
         ),
         Route("list-jobs.json", "GET", list_jobs, (), ("status", "id")),
         Route("cancel-job.json", "POST", lambda daemon, form: daemon.cancel(form["id"]), ("id",)),
@@ -3301,6 +3326,7 @@ def parse_options(argv: list[str] | None) -> argparse.Namespace:
     add("--completed-cap", type=whole_number(1), help="finished jobs to keep with their logs (%(default)s)")
     add("--scrapy", type=scrapy_command, metavar="CMD", help="the command that is Scrapy (this Python's '-m scrapy')")
     add("--kill-after", type=seconds, metavar="SECONDS", help="from SIGTERM to SIGKILL (%(default)g)")
+    add("--job-timeout", type=seconds, metavar="SECONDS", help="for crawls whose job has no timeout (0: no limit)")
     add("--list-timeout", type=seconds, metavar="SECONDS", help="for 'scrapy list' (%(default)g)")
     add("--max-upload", type=whole_number(1, 10**6), metavar="MIB", help="largest body (%(default)s)")
     add("--max-connections", type=whole_number(1, 10**5), metavar="COUNT", help="clients at once (%(default)s)")

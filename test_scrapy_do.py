@@ -2679,7 +2679,8 @@ def test_a_job_has_the_keys_of_the_contract(site):
     assert answer["next_run"] == job["next_run"] > job["timestamp"]
     assert {**job, "timestamp": "", "next_run": "", "identifier": ""} == {
         "identifier": "", "status": "SCHEDULED", "actor": "USER", "schedule": "Every  3 hours", "project": "shop",
-        "spider": "quick", "description": "Opis żółty", "payload": "{}", "args": [], "settings": [], "timestamp": "", "duration": None,
+        "spider": "quick", "description": "Opis żółty", "payload": "{}", "args": [], "settings": [], "timeout": None,
+        "timestamp": "", "duration": None,
         "next_run": "", "exit_code": None, "reason": None,
     }  # fmt: skip
     done = site.wait_job(site.schedule(payload='{"a": "漢字"}'))
@@ -2890,6 +2891,69 @@ def test_cancel_asks_first_and_kills_later(inside):
         canceled = site.job(job)  # the answer comes when it is gone
         assert (canceled["status"], canceled["exit_code"]) == ("CANCELED", code)
         assert ("bye" in site.log(job, "out")) == (spider == "polite")
+
+
+POLITE = "trap 'echo bye; exit 0' TERM; echo started; while :; do sleep 0.02; done"
+
+
+@pytest.mark.parametrize(("spider", "code"), [("polite", 0), ("stubborn", -9)])
+@pytest.mark.parametrize("whose", ["job", "option", "job before option"])
+def test_a_crawl_that_runs_longer_than_its_timeout_is_ended_and_has_failed(inside, tmp_path, spider, code, whose):
+    site = inside(kill_after=0.3, job_timeout=0.0 if whose == "job" else 0.5 if whose == "option" else 1000.0)
+    site.push(polite=POLITE, stubborn=f"({STUBBORN}) & {NOTE}\n{STUBBORN}")
+    began = time.monotonic()
+    job = site.wait_job(site.schedule(spider, **({} if whose == "option" else {"timeout": "0.5"})))
+    assert time.monotonic() - began > (0.5 if spider == "polite" else 0.8)
+    wanted = ("FAILED", code, "it ran longer than its timeout of 0.5 s", None if whose == "option" else 0.5)
+    assert (job["status"], job["exit_code"], job["reason"], job["timeout"]) == wanted
+    assert ("bye" in site.log(job["identifier"], "out")) == (spider == "polite")
+    assert alive(tmp_path / "data/spider-data/pids") == []
+    assert site.wait_job(site.schedule(timeout="30"))["status"] == "SUCCESSFUL"
+    check_counts(site.get("status"))
+
+
+@pytest.mark.parametrize("how", ["cancel", "stop"])
+@pytest.mark.parametrize("timeout", [0.3, 60], ids=["after the timeout", "before the timeout"])
+def test_a_cancel_or_a_stop_comes_before_a_timeout(inside, tmp_path, how, timeout):
+    """Also when the timeout was over first: the crawl has been asked to end, and must not be asked again."""
+    site = inside(kill_after=30)
+    loop = "while [ ! -e $SPIDER_DATA_DIR/go ]; do sleep 0.02; done"
+    site.push(slow=f"trap 'echo bye' TERM; echo started; {loop}")
+    job = site.schedule("slow", timeout=timeout)
+    wait_for(lambda: ("bye" if timeout < 1 else "started") in site.log(job, "out"))
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(site.daemon.cancel, job) if how == "cancel" else pool.submit(site.daemon.close)
+        wait_for(lambda: getattr(site.daemon._crawls.get(job), "ended_for", "") == how)
+        wait_for(lambda: "bye" in site.log(job, "out"))
+        release(tmp_path)
+        asked.result(20)
+    saved = state(tmp_path)["jobs"][job]
+    wanted = {"cancel": ("CANCELED", "canceled by the user"), "stop": ("PENDING", None)}[how]
+    assert (saved["status"], saved.get("reason")) == wanted
+    assert (tmp_path / f"data/logs/{job}.out").read_text() == "started\nbye\n"
+
+
+def test_a_timeout_goes_to_the_runs_of_a_schedule_and_begins_anew_after_a_crash(outside, tmp_path):
+    site = outside("--job-timeout", "60", "--kill-after", "0.3")
+    site.push(hold=HOLD)
+    schedule = site.schedule("hold", "every second", timeout="1.5")
+    run = wait_for(lambda: site.jobs("RUNNING"))[0]["identifier"]
+    site.kill()
+    site.start()
+    assert site.job(schedule)["timeout"] == 1.5
+    site.post("cancel-job", id=schedule)
+    job = site.wait_job(run)
+    assert (job["status"], job["reason"]) == ("FAILED", "it ran longer than its timeout of 1.5 s")
+    assert job["duration"] >= 1
+    release(tmp_path)
+
+
+@pytest.mark.parametrize("timeout", ["0", "-1", "", "x", "nan", "inf", "1000000.1", "1 s"])
+def test_a_timeout_that_is_no_positive_number_is_refused(site, timeout):
+    site.push()
+    status, answer = site.try_post("schedule-job", **PLAN, timeout=timeout)
+    assert (status, repr(timeout) in answer["msg"], "above 0" in answer["msg"]) == (400, True, True)
+    assert site.jobs("ACTIVE") == []
 
 
 def in_parallel(*calls):
@@ -3598,7 +3662,7 @@ FLOW = {  # from each status, those that may be seen later
     **{status: {status} for status in ("SUCCESSFUL", "FAILED", "CANCELED")},
 }
 ENDED = ("SUCCESSFUL", "FAILED", "CANCELED")
-FIXED = ("actor", "schedule", "project", "spider", "description", "payload", "args", "settings")
+FIXED = ("actor", "schedule", "project", "spider", "description", "payload", "args", "settings", "timeout")
 SHOPS = st.sampled_from(["shop", "other"])
 NUMBERS = st.integers(0, 9)
 WHEN = st.sampled_from(["now", "now", "now", "every 10 minutes", "every 1 to 2 hours", "every day at 10:30"])
@@ -4468,7 +4532,7 @@ NOBODY = "01234567-89ab-cdef-0123-456789abcdef"
 URLENCODED, MULTIPART, JSON = "application/x-www-form-urlencoded", "multipart/form-data; boundary=xYz", "application/json"
 JOB_KEYS = {
     "identifier", "status", "actor", "schedule", "project", "spider", "description", "payload", "args", "settings",
-    "timestamp", "duration", "next_run", "exit_code", "reason",
+    "timeout", "timestamp", "duration", "next_run", "exit_code", "reason",
 }  # fmt: skip
 GET_ROUTES = {
     "/status.json": {
@@ -4690,7 +4754,7 @@ WRONG_PARAMETERS = {
     "no archive": ("/push-project.json", b"", ["archive"]),
     "two archives": ("/push-project.json", b"archive=a&archive=b", ["twice", "archive"]),
     "other archive": ("/push-project.json", b"archive=a&egg=b", ["egg", "archive"]),
-    "no when": ("/schedule-job.json", b"project=shop&spider=quick", ["when", "description", "payload", "arg (may be repeated), setting (may"]),
+    "no when": ("/schedule-job.json", b"project=shop&spider=quick", ["when", "description", "payload", "timeout", "arg (may be repeated), setting (may"]),
     "no spider": ("/schedule-job.json", b"project=shop&when=now", ["spider", "when"]),
     "no project": ("/schedule-job.json", b"spider=quick&when=now", ["project", "when"]),
     "two payloads": ("/schedule-job.json", PLAN_URLENCODED + b"&payload={}&payload={}", ["twice", "payload", "when"]),
@@ -4936,6 +5000,7 @@ JSONS = {
     "payload as an object": ({**PLAN, "payload": {"b": ["ż", 1.5, None], "a": {}}}, "", {"b": ["ż", 1.5, None], "a": {}}),
     "payload as a text": ({**PLAN, "payload": '{"a": "\\u017c"}'}, "", {"a": "ż"}),
     "empty payload": ({**PLAN, "payload": {}}, "", {}),
+    "numbers": ({**PLAN, "timeout": 60, "description": -1.5}, "-1.5", {}),
     "description": ({**PLAN, "description": 'żółć 爬虫 \U0001f577\r\n\0"\\'}, 'żółć 爬虫 \U0001f577\r\n\0"\\', {}),
 }
 
@@ -4959,10 +5024,10 @@ BAD_JSONS = {
     "array": json.dumps([PLAN]).encode(),
     "string": b'"project"',
     "null": b"null",
-    "number as a value": json.dumps({**PLAN, "description": 1}).encode(),
+    "bool as a value": json.dumps({**PLAN, "description": True}).encode(),
     "null as a value": json.dumps({**PLAN, "description": None}).encode(),
     "list as a value": json.dumps({**PLAN, "description": ["a"]}).encode(),
-    "list of a number": json.dumps({**PLAN, "arg": ["a=1", 2]}).encode(),
+    "list of a number": json.dumps({**PLAN, "arg": ["a=1", None]}).encode(),
     "list of a list": json.dumps({**PLAN, "setting": [["A=1"]]}).encode(),
     "object as an arg": json.dumps({**PLAN, "arg": {"a": "1"}}).encode(),
     "lone surrogate in an arg": json.dumps({**PLAN, "arg": ["a=\ud800"]}).encode(),
@@ -6492,6 +6557,7 @@ def test_hostile_bytes_cost_little_time(read):
         (["--job-slots", "0"], "'0' is not a whole number from 1 to 1000"),
         (["--completed-cap", "-1"], "'-1' is not a whole number from 1 to"),
         (["--kill-after", "nan"], "'nan' is not a number of seconds"),
+        (["--job-timeout", "x"], "'x' is not a number of seconds"),
         (["--list-timeout", "-1"], "'-1' is not a number of seconds"),
         (["--scrapy", ""], "the command is empty"),
         (["--scrapy", "'"], "is not a command"),
@@ -6547,7 +6613,7 @@ def test_events_are_log_lines_that_cannot_be_faked(outside):
     site.stop()
     lines = site.log_path.read_text().splitlines()
     wanted = ("listens on http://127.0.0.1:", "project shop was pushed", "is PENDING (now)", "is RUNNING",
-              "is FAILED after 0 s, exit code 4", "stopping")  # fmt: skip
+              "is FAILED after 0 s, the crawl ended with exit code 4", "stopping")  # fmt: skip
     assert [any(words in line for line in lines) for words in wanted] == [True] * 6
     assert all(line[:2] == "20" and line[19] == " " and "faked" not in line for line in lines), lines
 
@@ -6555,7 +6621,7 @@ def test_events_are_log_lines_that_cannot_be_faked(outside):
 def test_the_file_stays_short_enough_to_be_read():
     """Growing is a decision: whoever raises the number has looked for the simpler shape."""
     source = MODULE.read_text()
-    assert len(source.splitlines()) <= 3457
+    assert len(source.splitlines()) <= 3483
     banners = re.findall(r"^# ---- ([0-9]+)\. ", source, re.MULTILINE)
     assert banners == [str(number) for number in range(1, 10)]
 
@@ -6692,6 +6758,14 @@ def test_a_real_crawl_that_is_canceled_flushes_its_feed(real, website, tmp_path)
     log = real.log(job)
     assert "Received SIGTERM" in log
     assert "'finish_reason': 'shutdown'" in log
+    assert "first" in (tmp_path / "data/spider-data/slow.jsonl").read_text()
+
+
+def test_a_real_crawl_that_runs_too_long_flushes_its_feed_and_has_failed(real, website, tmp_path):
+    job = real.wait_job(real.schedule("slow", project="real", payload=json.dumps({"site": website}), timeout=4))
+    log = real.log(job["identifier"])
+    assert (job["status"], job["exit_code"], job["reason"]) == ("FAILED", 0, "it ran longer than its timeout of 4 s"), log
+    assert log.count("Received SIGTERM") == 1
     assert "first" in (tmp_path / "data/spider-data/slow.jsonl").read_text()
 
 
