@@ -1839,12 +1839,16 @@ class Daemon:
         with self._lock:
             return self._published().find_job(identifier).view()
 
-    def jobs(self, statuses: Iterable[Status]) -> Json:
-        """Return the list of the jobs in these statuses, the newest change of status first."""
+    def jobs(
+        self, statuses: Iterable[Status], project: str | None = None, spider: str | None = None,
+        limit: int | None = None,
+    ) -> Json:  # fmt: skip
+        """Return the list of the jobs in these statuses, the newest change of status first; None leaves none out."""
         with self._lock:
             jobs = [self._jobs[identifier] for status in statuses for identifier in self._by_status[status]]
+        jobs = [job for job in jobs if project in (None, job.project) and spider in (None, job.spider)]
         jobs.sort(key=lambda job: job.timestamp, reverse=True)
-        return Json(f"[{', '.join(map(job_text, jobs))}]")
+        return Json(f"[{', '.join(map(job_text, jobs[:limit]))}]")
 
     def log_file(self, identifier: str, stream: str) -> Path:
         """Return the file with the output of a job, which may not exist yet; `stream` is out or err."""
@@ -2614,15 +2618,18 @@ def read_form(route: Route, fields: Iterator[Field], upload: Path | None = None)
 
 
 def list_jobs(daemon: Daemon, form: dict[str, Any]) -> dict[str, Any]:
-    """Answer list-jobs.json: one job by its `id`, or all in a `status`."""
-    if len(form) != 1:
+    """Answer list-jobs.json: one job by its `id`, or those in a `status` that the filters leave."""
+    if ("id" in form) == ("status" in form):
         raise BadRequest("list-jobs.json needs one of the parameters status and id")
+    if "id" in form and len(form) > 1:
+        raise BadRequest("project, spider and limit go with status; leave them out, as id means one job")
     if "id" in form:
         return {"jobs": [daemon.job(form["id"])]}
     groups = {"ACTIVE": ACTIVE, "COMPLETED": COMPLETED, **{status.value: (status,) for status in Status}}
     if form["status"] not in groups:
         raise BadRequest(f"there is no status '{form['status']:.40}'; the ones that exist are {', '.join(groups)}")
-    return {"jobs": daemon.jobs(groups[form["status"]])}
+    limit = whole_number_of(form, "limit", 10**9, least=1)
+    return {"jobs": daemon.jobs(groups[form["status"]], form.get("project"), form.get("spider"), limit)}
 
 
 LOG_ROUTE = Route("get-log", "GET", lambda daemon, form: {}, (), ("follow", "tail"))
@@ -2637,7 +2644,7 @@ ROUTES = {
             "schedule-job.json", "POST", lambda daemon, form: daemon.schedule(**form),
             ("project", "spider", "when"), ("description", "payload", "timeout"), ("arg", "setting"),
         ),
-        Route("list-jobs.json", "GET", list_jobs, (), ("status", "id")),
+        Route("list-jobs.json", "GET", list_jobs, (), ("status", "id", "project", "spider", "limit")),
         Route("cancel-job.json", "POST", lambda daemon, form: daemon.cancel(form["id"]), ("id",)),
         Route("remove-project.json", "POST", lambda daemon, form: daemon.remove(**form), ("name",)),
     )
@@ -3011,13 +3018,13 @@ def http_date(second: int) -> str:
     return time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime(second))
 
 
-def whole_number_of(form: Mapping[str, str], name: str, most: int) -> int | None:
+def whole_number_of(form: Mapping[str, str], name: str, most: int, least: int = 0) -> int | None:
     """Return a parameter that is a whole number; None when it is not there."""
     text = form.get(name)
     if text is None:
         return None
-    if not (text.isascii() and text.isdigit() and int(text[:12]) <= most):
-        raise BadRequest(f"the parameter '{name}' must be a whole number from 0 to {most}, not {text!r:.40}")
+    if not (text.isascii() and text.isdigit() and len(text) <= 12 and least <= int(text) <= most):
+        raise BadRequest(f"the parameter '{name}' must be a whole number from {least} to {most}, not {text!r:.40}")
     return int(text)
 
 

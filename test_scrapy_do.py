@@ -4694,6 +4694,28 @@ def test_every_route_answers_with_its_keys(shop):
     assert shop.log(identifier) == ""
 
 
+def test_a_list_of_jobs_is_filtered_and_limited(shop, monkeypatch):
+    """The newest come first, and what is left out is not even encoded."""
+    shop.push(stub_project("other", sound="exit 0"))
+    shop.push(stub_project("gone"))
+    made = [("shop", "quick"), ("other", "quick"), ("other", "sound"), ("shop", "quick"), ("other", "quick")]
+    jobs = [shop.schedule(spider, "every 3 hours", project) for project, spider in made]
+    removed = shop.wait_job(shop.schedule(project="gone"))["identifier"]
+    shop.post("remove-project", name="gone")
+    encoded = []
+    monkeypatch.setattr(scrapy_do, "job_text", lambda job: encoded.append(job.identifier) or json.dumps(job.view()))
+    for query, numbers in {
+        (): (4, 3, 2, 1, 0), (("limit", 2),): (4, 3), (("limit", "1000000000"),): (4, 3, 2, 1, 0), (("project", "shop"),): (3, 0),
+        (("spider", "quick"),): (4, 3, 1, 0), (("project", "other"), ("spider", "quick")): (4, 1),
+        (("project", "other"), ("spider", "quick"), ("limit", 1)): (4,), (("project", "shop"), ("spider", "sound")): (),
+        (("project", "nowhere"),): (), (("spider", "nobody"),): (), (("project", ""),): (),
+    }.items():  # fmt: skip
+        encoded.clear()
+        found = [job["identifier"] for job in shop.get("list-jobs", status="SCHEDULED", **dict(query))["jobs"]]
+        assert found == encoded == [jobs[number] for number in numbers], query
+    assert [job["identifier"] for job in shop.get("list-jobs", status="COMPLETED", project="gone", limit=5)["jobs"]] == [removed]
+
+
 def test_status_has_values_of_the_right_kind(shop):
     status = shop.get("status")
     kinds = dict.fromkeys(("memory-usage", "cpu-usage"), float) | dict.fromkeys(
@@ -4747,6 +4769,17 @@ WRONG_PARAMETERS = {
     "neither": ("/list-jobs.json", ["status", "id"]),
     "both": (f"/list-jobs.json?id={NOBODY}&status=ACTIVE", ["status", "id"]),
     "status twice": ("/list-jobs.json?status=ACTIVE&status=ACTIVE", ["twice", "status", "id"]),
+    "only a limit": ("/list-jobs.json?limit=1", ["status", "id"]),
+    **{
+        f"id and {name}": (f"/list-jobs.json?id={NOBODY}&{name}=1", [name, "status", "leave them out", "id"])
+        for name in ("project", "spider", "limit")
+    },
+    **{
+        f"limit {limit}": (f"/list-jobs.json?status=ACTIVE&limit={limit}", ["'limit'", "whole number from 1 to", limit])
+        for limit in ("0", "-1", "x", "1.5", "2000000000")
+    },
+    "limit of many digits": (f"/list-jobs.json?status=ACTIVE&limit={'0' * 11}1{'9' * 5000}", ["'limit'", "whole number"]),
+    "limit twice": ("/list-jobs.json?status=ACTIVE&limit=1&limit=2", ["twice", "limit"]),
     "status in small letters": ("/list-jobs.json?status=active", ["'active'", *["ACTIVE", "COMPLETED", "PENDING", "FAILED"]]),
     "empty status": ("/list-jobs.json?status", ["''", "ACTIVE", "SUCCESSFUL"]),
     "not UTF-8": ("/list-spiders.json?project=%ff", ["project", "UTF-8"]),
@@ -6621,7 +6654,7 @@ def test_events_are_log_lines_that_cannot_be_faked(outside):
 def test_the_file_stays_short_enough_to_be_read():
     """Growing is a decision: whoever raises the number has looked for the simpler shape."""
     source = MODULE.read_text()
-    assert len(source.splitlines()) <= 3483
+    assert len(source.splitlines()) <= 3490
     banners = re.findall(r"^# ---- ([0-9]+)\. ", source, re.MULTILINE)
     assert banners == [str(number) for number in range(1, 10)]
 
