@@ -52,7 +52,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from enum import Enum
 from pathlib import Path
 from typing import IO, Any, NamedTuple, TypeVar
@@ -70,6 +70,8 @@ HEAD_BYTES = 64 * 1024  # the longest request line and headers together
 URL_BYTES = 8 * 1024
 HEADERS_COUNT = 100
 TEXT_BYTES = MIB  # the longest value of a parameter that is not an archive
+REPEATS_COUNT = 100  # of a parameter that may be repeated,
+REPEATS_BYTES = 100 * 1024  # and all its values together; Linux takes 128 KiB for one argument of a command
 ARCHIVE_ENTRIES = 10_000
 FOLDER_DEPTH = 50
 ZIP_HEADER_BYTES = 30  # before the name of an entry and its data
@@ -454,6 +456,9 @@ class Job(NamedTuple):
     timestamp: float
     description: str = ""
     payload: str = "{}"
+    arg: tuple[str, ...] = ()  # NAME=VALUE each, like those of `setting`
+    setting: tuple[str, ...] = ()
+    timeout: float | None = None  # seconds that the crawl may take; None leaves it to --job-timeout
     origin: float = 0.0  # when it was made: gives `every day` its time of day
     due: float | None = None  # of a SCHEDULED job
     run: str | None = None  # of a SCHEDULED job: the job that it made last
@@ -470,6 +475,7 @@ class Job(NamedTuple):
             "identifier": self.identifier, "status": self.status.value, "actor": self.actor.value,
             "schedule": self.schedule, "project": self.project, "spider": self.spider,
             "description": self.description, "payload": self.payload,
+            "args": list(self.arg), "settings": list(self.setting), "timeout": self.timeout,
             "timestamp": local_time(self.timestamp), "duration": self.duration,
             "next_run": None if self.due is None else local_time(self.due),
             "exit_code": self.exit_code, "reason": self.reason,
@@ -501,6 +507,7 @@ NAME_BYTES = 200  # a file name has at most 255, and the archive's has more than
 FIELD_TYPES: dict[str, type] = {  # all other fields are str
     "status": Status, "actor": Actor, "timestamp": float, "origin": float, "due": float, "duration": int,
     "exit_code": int, "cancel": bool, "pid": int, "pid_created": float, "spiders": list,
+    "arg": list, "setting": list, "timeout": float,
 }  # fmt: skip
 SHARED_FIELDS = ("schedule", "project", "spider", "description")  # thousands of jobs have the same, and one text for it
 encode_json = json.JSONEncoder(ensure_ascii=False).encode  # json.dumps would make such an encoder for each call
@@ -1421,6 +1428,7 @@ class Settings(NamedTuple):
     completed_cap: int = 50
     kill_after: float = 10.0
     list_timeout: float = 60.0
+    job_timeout: float = 0.0  # of jobs that have none of their own; 0 lets them run on
 
 
 class Daemon:
@@ -1724,8 +1732,7 @@ class Daemon:
             source = LIST_SETTINGS.format(mark=mark, settings=layout.settings, module=LIST_MODULE)
             (work / f"{LIST_MODULE}.py").write_text(source, encoding="utf-8")
             crawl = self._start([*self._settings.scrapy, "list"], folder, environment, work / "out", work / "err")
-            self._timer.after(work.name, self._settings.list_timeout)
-            exit_code = self._wait_for(work.name, crawl)
+            exit_code = self._wait_for(work.name, crawl, self._settings.list_timeout)
             output, errors = ((work / name).read_text("utf-8", "replace") for name in ("out", "err"))
         finally:
             remove_tree(work)
@@ -1781,11 +1788,18 @@ class Daemon:
     # Jobs
 
     def schedule(
-        self, project: str, spider: str, when: str, description: str = "", payload: str = "{}"
-    ) -> dict[str, Any]:
-        """Make a job and return its identifier, and when it runs. `payload` is the text of a JSON object."""
+        self, project: str, spider: str, when: str, description: str = "", payload: str = "{}",
+        arg: Sequence[str] = (), setting: Sequence[str] = (), timeout: str | None = None,
+    ) -> dict[str, Any]:  # fmt: skip
+        """Make a job and return its identifier, and when it runs.
+
+        `payload` is the text of a JSON object, `arg` and `setting` hold NAME=VALUE for the spider and for Scrapy, and
+        `timeout` is the text of a number of seconds; None leaves it to the one of all jobs.
+        """
         recurrence = parse_spec(when)
         check_payload(payload)
+        check_options(arg, setting, payload)
+        seconds = None if timeout is None else read_timeout(timeout)
         project, spider, when, description = map(sys.intern, (project, spider, when, description))
 
         def add_job(draft: Draft) -> dict[str, Any]:
@@ -1793,7 +1807,7 @@ class Daemon:
                 raise NotFound(f"project '{project}' has no spider '{spider}'; it has {', '.join(known)}")
             job = Job(
                 new_identifier(), Status.PENDING, Actor.USER, when, project, spider, draft.now, description, payload,
-                origin=draft.now,
+                tuple(arg), tuple(setting), seconds, origin=draft.now,
             )  # fmt: skip
             if recurrence is not None:
                 job = job._replace(status=Status.SCHEDULED, due=job.recurrence().next_after(draft.now))
@@ -1825,12 +1839,16 @@ class Daemon:
         with self._lock:
             return self._published().find_job(identifier).view()
 
-    def jobs(self, statuses: Iterable[Status]) -> Json:
-        """Return the list of the jobs in these statuses, the newest change of status first."""
+    def jobs(
+        self, statuses: Iterable[Status], project: str | None = None, spider: str | None = None,
+        limit: int | None = None,
+    ) -> Json:  # fmt: skip
+        """Return the list of the jobs in these statuses, the newest change of status first; None leaves none out."""
         with self._lock:
             jobs = [self._jobs[identifier] for status in statuses for identifier in self._by_status[status]]
+        jobs = [job for job in jobs if project in (None, job.project) and spider in (None, job.spider)]
         jobs.sort(key=lambda job: job.timestamp, reverse=True)
-        return Json(f"[{', '.join(map(job_text, jobs))}]")
+        return Json(f"[{', '.join(map(job_text, jobs[:limit]))}]")
 
     def log_file(self, identifier: str, stream: str) -> Path:
         """Return the file with the output of a job, which may not exist yet; `stream` is out or err."""
@@ -1877,12 +1895,14 @@ class Daemon:
         self._submit(lambda draft: self._fire(draft, identifier), is_fact=True, queue=self._firings)
 
     def _on_deadline(self, identifier: str) -> None:
+        """Kill a crawl that was asked to end, and ask one that was not: its time is over."""
         with self._lock:
             crawl = self._crawls.get(identifier)
-            if crawl is not None and not crawl.ended_for:
-                crawl.ended_for = "timeout"
-        if crawl is not None:
+            is_asked = crawl is not None and crawl.ended_for != ""
+        if crawl is not None and is_asked:
             crawl.signal(signal.SIGKILL)
+        else:
+            self._end_crawl(identifier, "timeout")
 
     def _on_clock_set_back(self) -> None:
         def recover(draft: Draft) -> None:
@@ -1910,9 +1930,9 @@ class Daemon:
             draft.skipped += 1
             draft.put(job._replace(due=due), f"job {identifier} is due but skipped: run {job.run} is waiting still")
             return
-        run = Job(
-            new_identifier(), Status.PENDING, Actor.SCHEDULER, "now", job.project, job.spider, draft.now,
-            job.description, job.payload, origin=draft.now,
+        run = job._replace(
+            identifier=new_identifier(), status=Status.PENDING, actor=Actor.SCHEDULER, schedule="now",
+            timestamp=draft.now, origin=draft.now, due=None, run=None,
         )  # fmt: skip
         draft.put(job._replace(due=due, run=run.identifier))
         draft.put(run, f"job {run.identifier} is PENDING, since {identifier} was due: {job.project} {job.spider}")
@@ -1940,11 +1960,14 @@ class Daemon:
         """Run one crawl from start to end."""
         folder = self._store.new_work_path()
         began = self._clock.monotonic()
+        timeout = job.timeout or self._settings.job_timeout or None
         crawl, exit_code = None, None
         try:
             crawl = self._launch(job, folder)
-            exit_code = self._wait_for(job.identifier, crawl)
+            exit_code = self._wait_for(job.identifier, crawl, timeout)
             reason = explain_exit(exit_code)
+            if crawl.ended_for == "timeout":  # to which Scrapy answers by ending well
+                reason = f"it ran longer than its timeout of {timeout:.15g} s"
         except ScrapyDoError as error:
             reason = str(error)
         except Exception as error:
@@ -1957,9 +1980,9 @@ class Daemon:
 
     def _launch(self, job: Job, folder: Path) -> Crawl:
         """Start the crawl of a job in a working copy of its project, and save its number."""
-        command = [*self._settings.scrapy, "crawl", job.spider]
-        if job.payload != "{}":
-            command += ["-a", f"payload={job.payload}"]
+        payload = [f"payload={job.payload}"] if job.payload != "{}" else []
+        options = [("-a", text) for text in (*payload, *job.arg)] + [("-s", text) for text in job.setting]
+        command = [*self._settings.scrapy, "crawl", job.spider, *itertools.chain(*options)]
         try:
             project = self._copy_project(job.project, folder)
         except OSError as error:  # shutil.Error is one, with a list of (source, target, what went wrong)
@@ -1983,16 +2006,21 @@ class Daemon:
             return self._start_crawl(command, folder, environment, out, err)  # type: ignore[no-any-return]
         except OSError as error:
             if error.errno == errno.E2BIG:
-                raise BadRequest("the payload is too long for an argument of a command") from None
+                raise BadRequest("the payload, args and settings are too long for a command") from None
             if isinstance(error, (FileNotFoundError, PermissionError)):
                 advice = f"'{command[0]}' cannot be started; install Scrapy, or say where it is by --scrapy"
                 raise BadRequest(f"{advice} ({error.strerror})") from None
             raise StorageError(f"'{command[0]}' cannot be started: {error}") from None
 
-    def _wait_for(self, identifier: str, crawl: Crawl) -> int:
-        """Return the exit code of a crawl that may be ended meanwhile, or that shall end before it was known."""
+    def _wait_for(self, identifier: str, crawl: Crawl, timeout: float | None) -> int:
+        """Return the exit code of a crawl that may be ended meanwhile, or that shall end before it was known.
+
+        After `timeout` seconds it is ended; None lets it run on.
+        """
         with self._lock:
             self._crawls[identifier] = crawl
+            if timeout is not None:
+                self._timer.after(identifier, timeout)
             is_canceled = identifier in self._jobs and self._jobs[identifier].cancel
             why = "cancel" if is_canceled else "stop" if self._is_closing else ""
         if why:
@@ -2005,14 +2033,19 @@ class Daemon:
             self._timer.drop(identifier)
 
     def _end_crawl(self, identifier: str, why: str) -> None:
-        """Ask a crawl to end, and kill it some time later; one that is not known yet is asked when it is."""
+        """Ask a crawl to end, and kill it some time later; one that is not known yet is asked when it is.
+
+        It is asked once, whatever comes after a timeout: to Scrapy, a second SIGTERM means to drop what it has.
+        """
         with self._lock:
             crawl = self._crawls.get(identifier)
             if crawl is None or crawl.is_over:
                 return
-            crawl.ended_for = crawl.ended_for or why
-            self._timer.after(identifier, self._settings.kill_after)
-        crawl.signal(signal.SIGTERM)
+            is_asked, crawl.ended_for = crawl.ended_for != "", why
+            if not is_asked:
+                self._timer.after(identifier, self._settings.kill_after)
+        if not is_asked:
+            crawl.signal(signal.SIGTERM)
 
     def _environment(self, identifier: str, project: str, settings: str, spider: str = "") -> dict[str, str]:
         """Return the environment of a crawl.
@@ -2031,8 +2064,7 @@ class Daemon:
     def _finish(self, draft: Draft, identifier: str, is_interrupted: bool, outcome: dict[str, Any]) -> None:
         """Give a job that has run its last status, or the first one again."""
         job = draft.find_job(identifier)
-        code = outcome["exit_code"]
-        event = f" after {outcome['duration']} s, {outcome['reason'] if code is None else f'exit code {code}'}"
+        event = f" after {outcome['duration']} s, {outcome['reason'] or 'exit code 0'}"
         if job.cancel:
             draft.move(job, Status.CANCELED, event, **{**outcome, "reason": BY_USER})
         elif is_interrupted:
@@ -2061,6 +2093,25 @@ def check_payload(payload: str) -> None:
         raise BadRequest(f"the payload is not JSON: {error}") from None
     if not isinstance(value, dict):
         raise BadRequest('the payload must be a JSON object, like {"page": 2}')
+
+
+def check_options(arg: Sequence[str], setting: Sequence[str], payload: str) -> None:
+    """Raise BadRequest unless arguments and settings are NAME=VALUE, and none is the payload again."""
+    wrong = [f"arg {text!r:.60}" for text in arg if not re.fullmatch(r"[^-=\0\s][^=\0]*=[^\0]*", text)]
+    wrong += [f"setting {text!r:.60}" for text in setting if not re.fullmatch(r"[^\W\d]\w*=[^\0]*", text)]
+    if wrong:
+        rules = "a name is not empty and has no first '-', that of a setting is an identifier, and there is no NUL"
+        raise BadRequest(f"the {wrong[0]} must be NAME=VALUE, like page=2 or LOG_LEVEL=INFO; {rules}")
+    if payload != "{}" and any(text.startswith("payload=") for text in arg):
+        raise BadRequest("there are both the parameter payload and an arg named payload; leave one of them out")
+
+
+def read_timeout(text: str) -> float:
+    """Return the number of seconds that a timeout is. Raise BadRequest for one that cannot be."""
+    with contextlib.suppress(ValueError):
+        if 0 < (seconds := float(text)) <= 10**6:
+            return seconds
+    raise BadRequest(f"the timeout must be a number of seconds above 0, at most 1000000, not {text!r:.40}")
 
 
 def explain_list_error(exit_code: int, errors: str, scrapy: tuple[str, ...]) -> str:
@@ -2461,8 +2512,11 @@ def part_name(source: Pieces) -> str:
     raise BadRequest("a part of the multipart body has no name")
 
 
-def json_fields(pieces: Iterator[bytes]) -> Iterator[Field]:
-    """Yield the members of a JSON object; one that is an object itself, like a payload, as its JSON text."""
+def json_fields(pieces: Iterator[bytes], repeatable: tuple[str, ...] = ()) -> Iterator[Field]:
+    """Yield the members of a JSON object; an object, like a payload, or a number as its JSON text.
+
+    Those of the `repeatable` names may be lists.
+    """
 
     def refuse_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         if len(twins := {name for name, _ in pairs}) < len(pairs):
@@ -2476,10 +2530,13 @@ def json_fields(pieces: Iterator[bytes]) -> Iterator[Field]:
     if not isinstance(document, dict):
         raise BadRequest("the JSON body must be one object")
     for name, value in document.items():
-        if not isinstance(value, (str, dict)):
-            raise BadRequest(f"the parameter '{name:.40}' must be a string")
-        text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-        yield name, iter([text.encode("utf-8", "surrogatepass")])
+        values = value if name in repeatable and isinstance(value, list) else [value]
+        if not all(type(item) in (str, dict, int, float) for item in values):
+            more = " or a list of strings" if name in repeatable else ""
+            raise BadRequest(f"the parameter '{name:.40}' must be a string{more}")
+        for item in values:
+            text = item if isinstance(item, str) else json.dumps(item, ensure_ascii=False)
+            yield name, iter([text.encode("utf-8", "surrogatepass")])
 
 
 def join_pieces(pieces: Iterator[bytes], what: str) -> bytes:
@@ -2492,14 +2549,14 @@ def join_pieces(pieces: Iterator[bytes], what: str) -> bytes:
     return bytes(joined)
 
 
-def read_fields(headers: Mapping[str, str], pieces: Iterator[bytes]) -> Iterator[Field]:
+def read_fields(headers: Mapping[str, str], pieces: Iterator[bytes], repeatable: tuple[str, ...]) -> Iterator[Field]:
     """Yield the fields of a body by its content type. Raise HttpError for one that is not known."""
     kind, _, rest = headers.get("content-type", "application/x-www-form-urlencoded").partition(";")
     kind = kind.strip().lower()
     if kind == "application/x-www-form-urlencoded":
         return urlencoded_fields(pieces)
     if kind == "application/json":
-        return json_fields(pieces)
+        return json_fields(pieces, repeatable)
     if kind != "multipart/form-data":
         raise HttpError(415, f"a body of type '{kind:.60}' is not understood; send a form (curl -F or -d) or JSON")
     boundary = re.search(r'boundary=(?:"([^"]{1,200})"|([^\s;",]{1,200}))', rest, re.I)
@@ -2528,45 +2585,56 @@ class Route(NamedTuple):
 
     name: str
     method: str
-    answer: Callable[[Daemon, dict[str, str]], dict[str, Any]]
+    answer: Callable[[Daemon, dict[str, Any]], dict[str, Any]]
     required: tuple[str, ...] = ()
     optional: tuple[str, ...] = ()
+    repeatable: tuple[str, ...] = ()  # optional, too
     is_quick: bool = False  # answered from memory, shortly
 
 
-def read_form(route: Route, fields: Iterator[Field], upload: Path | None = None) -> dict[str, str]:
-    """Return the parameters of a request; an archive is saved to `upload`, and its value is that path.
+def read_form(route: Route, fields: Iterator[Field], upload: Path | None = None) -> dict[str, Any]:
+    """Return the parameters of a request as texts, a repeatable one as the list of its texts.
 
-    Raise BadRequest that names a parameter which is unknown, there twice, or missing.
+    An archive is saved to `upload`, and its value is that path. Raise BadRequest that names a parameter which is
+    unknown, there twice, or missing, and TooLarge for one that is repeated too often.
     """
-    known = route.required + route.optional
-    exist = f"the parameters that exist are {', '.join(known)}" if known else "it takes none"
-    form: dict[str, str] = {}
+    known = route.required + route.optional + route.repeatable
+    shown = ", ".join([*route.required, *route.optional, *(f"{name} (may be repeated)" for name in route.repeatable)])
+    exist = f"the parameters that exist are {shown}" if known else "it takes none"
+    form: dict[str, Any] = {}
     for name, pieces in fields:
         if name not in known:
             raise BadRequest(f"{route.name} has no parameter '{name:.60}'; {exist}")
-        if name in form:
-            raise BadRequest(f"the parameter '{name}' is there twice; {exist}, each once")
+        if name in form and name not in route.repeatable:
+            raise BadRequest(f"the parameter '{name}' is there twice; {exist}")
+        value: Any = str(upload)
         if name == "archive" and upload is not None:
             save_pieces(pieces, upload)
-            form[name] = str(upload)
         else:
-            form[name] = decode_text(join_pieces(pieces, f"parameter '{name}'"), f"parameter '{name}'")
+            value = decode_text(join_pieces(pieces, f"parameter '{name}'"), f"parameter '{name}'")
+        if name in route.repeatable:
+            value = [*form.get(name, ()), value]
+            if len(value) > REPEATS_COUNT or len("".join(value).encode()) > REPEATS_BYTES:
+                raise TooLarge(f"'{name}' may be there {REPEATS_COUNT} times, with {REPEATS_BYTES} bytes in all")
+        form[name] = value
     if missing := [name for name in route.required if name not in form]:
         raise BadRequest(f"{route.name} needs the parameter '{missing[0]}'; {exist}")
     return form
 
 
-def list_jobs(daemon: Daemon, form: dict[str, str]) -> dict[str, Any]:
-    """Answer list-jobs.json: one job by its `id`, or all in a `status`."""
-    if len(form) != 1:
+def list_jobs(daemon: Daemon, form: dict[str, Any]) -> dict[str, Any]:
+    """Answer list-jobs.json: one job by its `id`, or those in a `status` that the filters leave."""
+    if ("id" in form) == ("status" in form):
         raise BadRequest("list-jobs.json needs one of the parameters status and id")
+    if "id" in form and len(form) > 1:
+        raise BadRequest("project, spider and limit go with status; leave them out, as id means one job")
     if "id" in form:
         return {"jobs": [daemon.job(form["id"])]}
     groups = {"ACTIVE": ACTIVE, "COMPLETED": COMPLETED, **{status.value: (status,) for status in Status}}
     if form["status"] not in groups:
         raise BadRequest(f"there is no status '{form['status']:.40}'; the ones that exist are {', '.join(groups)}")
-    return {"jobs": daemon.jobs(groups[form["status"]])}
+    limit = whole_number_of(form, "limit", 10**9, least=1)
+    return {"jobs": daemon.jobs(groups[form["status"]], form.get("project"), form.get("spider"), limit)}
 
 
 LOG_ROUTE = Route("get-log", "GET", lambda daemon, form: {}, (), ("follow", "tail"))
@@ -2579,9 +2647,9 @@ ROUTES = {
         Route("list-spiders.json", "GET", lambda daemon, form: daemon.spiders(**form), ("project",), is_quick=True),
         Route(
             "schedule-job.json", "POST", lambda daemon, form: daemon.schedule(**form),
-            ("project", "spider", "when"), ("description", "payload"),
+            ("project", "spider", "when"), ("description", "payload", "timeout"), ("arg", "setting"),
         ),
-        Route("list-jobs.json", "GET", list_jobs, (), ("status", "id")),
+        Route("list-jobs.json", "GET", list_jobs, (), ("status", "id", "project", "spider", "limit")),
         Route("cancel-job.json", "POST", lambda daemon, form: daemon.cancel(form["id"]), ("id",)),
         Route("remove-project.json", "POST", lambda daemon, form: daemon.remove(**form), ("name",)),
     )
@@ -2869,7 +2937,7 @@ class Handler:
             raise HttpError(417, f"the expectation {expectation!r:.40} cannot be met")
         if expectation and not self.body.is_read:
             self.wire.send(b"HTTP/1.1 100 Continue\r\n\r\n")
-        return read_fields(request.headers, self.body.pieces())
+        return read_fields(request.headers, self.body.pieces(), route.repeatable)
 
     def _refuse(self, error: ScrapyDoError) -> None:
         headers: Headers = getattr(error, "headers", ())
@@ -2958,13 +3026,13 @@ def http_date(second: int) -> str:
     return time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime(second))
 
 
-def whole_number_of(form: Mapping[str, str], name: str, most: int) -> int | None:
+def whole_number_of(form: Mapping[str, str], name: str, most: int, least: int = 0) -> int | None:
     """Return a parameter that is a whole number; None when it is not there."""
     text = form.get(name)
     if text is None:
         return None
-    if not (text.isascii() and text.isdigit() and int(text[:12]) <= most):
-        raise BadRequest(f"the parameter '{name}' must be a whole number from 0 to {most}, not {text!r:.40}")
+    if not (text.isascii() and text.isdigit() and len(text) <= 12 and least <= int(text) <= most):
+        raise BadRequest(f"the parameter '{name}' must be a whole number from {least} to {most}, not {text!r:.40}")
     return int(text)
 
 
@@ -3274,6 +3342,7 @@ def parse_options(argv: list[str] | None) -> argparse.Namespace:
     add("--completed-cap", type=whole_number(1), help="finished jobs to keep with their logs (%(default)s)")
     add("--scrapy", type=scrapy_command, metavar="CMD", help="the command that is Scrapy (this Python's '-m scrapy')")
     add("--kill-after", type=seconds, metavar="SECONDS", help="from SIGTERM to SIGKILL (%(default)g)")
+    add("--job-timeout", type=seconds, metavar="SECONDS", help="for crawls whose job has no timeout (0: no limit)")
     add("--list-timeout", type=seconds, metavar="SECONDS", help="for 'scrapy list' (%(default)g)")
     add("--max-upload", type=whole_number(1, 10**6), metavar="MIB", help="largest body (%(default)s)")
     add("--max-connections", type=whole_number(1, 10**5), metavar="COUNT", help="clients at once (%(default)s)")

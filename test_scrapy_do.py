@@ -126,7 +126,7 @@ class Client:
     def try_post(self, path, **fields):
         """Return the status and the JSON of a POST."""
         headers = {"Content-Type": "application/x-www-form-urlencoded"}
-        return self.call("POST", f"/{path}.json", urllib.parse.urlencode(fields), headers)
+        return self.call("POST", f"/{path}.json", urllib.parse.urlencode(fields, doseq=True), headers)
 
     def post(self, path, **fields):
         """Return the JSON of a POST that must succeed."""
@@ -2690,7 +2690,8 @@ def test_a_job_has_the_keys_of_the_contract(site):
     assert answer["next_run"] == job["next_run"] > job["timestamp"]
     assert {**job, "timestamp": "", "next_run": "", "identifier": ""} == {
         "identifier": "", "status": "SCHEDULED", "actor": "USER", "schedule": "Every  3 hours", "project": "shop",
-        "spider": "quick", "description": "Opis żółty", "payload": "{}", "timestamp": "", "duration": None,
+        "spider": "quick", "description": "Opis żółty", "payload": "{}", "args": [], "settings": [], "timeout": None,
+        "timestamp": "", "duration": None,
         "next_run": "", "exit_code": None, "reason": None,
     }  # fmt: skip
     done = site.wait_job(site.schedule(payload='{"a": "漢字"}'))
@@ -2722,6 +2723,68 @@ def test_a_crawl_gets_its_environment_and_payload(inside, monkeypatch):
     job = site.schedule("show")
     site.wait_job(job)
     assert "args: " in site.log(job, "out").splitlines()
+
+
+ARGS = ["page=-2", "page=2", "eq==x= ", "zdanie=zażółć\n--gęślą jaźń;", "漢字=漢 字", "none="]
+SETTINGS = ["LOG_LEVEL=-x y", "_MARK1=a=b\n漢字", "EMPTY=", "EMPTY="]
+SHOW = "for word; do printf '%s|' \"$word\"; done"
+
+
+@pytest.mark.parametrize("kind", ["urlencoded", "multipart", "json", "json text"])
+def test_args_and_settings_reach_the_crawl_unchanged_and_in_order(site, kind):
+    site.push(show=SHOW)
+    args, settings = (ARGS, SETTINGS) if kind != "json text" else (ARGS[-1:], SETTINGS[:1])
+    fields = {"project": "shop", "spider": "show", "when": "now", "payload": '{"a": 1}', "arg": args, "setting": settings}
+    pairs = [(name, v) for name, value in fields.items() for v in ([value] if isinstance(value, str) else value)]
+    body = {
+        "urlencoded": (urllib.parse.urlencode(pairs).encode(), URLENCODED),
+        "multipart": (b"\r\n".join([*(part_of(name, value.encode()) for name, value in pairs), CLOSING]), MULTIPART),
+        "json": (json.dumps(fields).encode(), JSON),
+        "json text": (json.dumps(dict(pairs)).encode(), JSON),
+    }[kind]
+    job = site.wait_job(json.loads(speak(site, post_of("/schedule-job.json", *body))[2])["identifier"])
+    assert (job["args"], job["settings"]) == (args, settings)
+    words = [word for flag, texts in (("-a", ['payload={"a": 1}', *args]), ("-s", settings)) for text in texts for word in (flag, text)]
+    assert site.log(job["identifier"], "out").split("|") == [*words, ""]
+
+
+def test_args_and_settings_go_to_the_runs_of_a_schedule_after_a_crash(outside):
+    site = outside()
+    site.push(show=SHOW)
+    schedule = site.schedule("show", "every second", arg=ARGS, setting=SETTINGS)
+    site.kill()
+    site.start()
+    run = wait_for(lambda: site.jobs("SUCCESSFUL"))[0]
+    assert site.log(run["identifier"], "out").split("|")[1::2] == [*ARGS, *SETTINGS]
+    for job in (run, site.job(schedule)):
+        assert (job["args"], job["settings"]) == (ARGS, SETTINGS)
+
+
+@pytest.mark.parametrize(
+    ("fields", "status", "words"),
+    [
+        *(({"arg": text}, 400, ["arg", "NAME=VALUE"]) for text in ("", "a", "=1", " =1", "-a=1", "a\0=1", "a=\0")),
+        *(({"setting": text}, 400, ["setting", "NAME=VALUE"]) for text in ("", "A", "=1", "1A=1", "A B=1", "A-B=1", "A=\0")),
+        ({"arg": ["a=1", "b"]}, 400, ["'b'"]),
+        ({"arg": "payload=x", "payload": '{"a": 1}'}, 400, ["payload", "arg", "leave one of them out"]),
+        ({"arg": ["a=1"] * 101}, 413, ["'arg'", "100 times"]),
+        ({"setting": ["A=" + "a" * 1000] * 99 + ["A=" + "ż" * 2000]}, 413, ["'setting'", "102400 bytes"]),
+    ],
+    ids=lambda value: repr(value)[:40],
+)
+def test_an_arg_or_setting_that_is_none_is_refused(site, fields, status, words):
+    site.push()
+    code, answer = site.try_post("schedule-job", **PLAN, **fields)
+    assert (code, [word for word in words if word not in answer["msg"]]) == (status, []), answer
+    assert site.jobs("ACTIVE") == []
+
+
+def test_the_most_args_and_settings_are_taken(site):
+    site.push(count='echo "$#"')
+    texts = [f"A{number}=" + "a" * 1000 for number in range(100)]
+    job = site.schedule("count", arg=["payload=x", *texts[1:]], setting=texts)
+    assert site.wait_job(job)["reason"] is None
+    assert site.log(job, "out") == "400\n"
 
 
 def test_jobs_start_in_the_order_of_their_making(inside, tmp_path):
@@ -2841,6 +2904,69 @@ def test_cancel_asks_first_and_kills_later(inside):
         assert ("bye" in site.log(job, "out")) == (spider == "polite")
 
 
+POLITE = "trap 'echo bye; exit 0' TERM; echo started; while :; do sleep 0.02; done"
+
+
+@pytest.mark.parametrize(("spider", "code"), [("polite", 0), ("stubborn", -9)])
+@pytest.mark.parametrize("whose", ["job", "option", "job before option"])
+def test_a_crawl_that_runs_longer_than_its_timeout_is_ended_and_has_failed(inside, tmp_path, spider, code, whose):
+    site = inside(kill_after=0.3, job_timeout=0.0 if whose == "job" else 0.5 if whose == "option" else 1000.0)
+    site.push(polite=POLITE, stubborn=f"({STUBBORN}) & {NOTE}\n{STUBBORN}")
+    began = time.monotonic()
+    job = site.wait_job(site.schedule(spider, **({} if whose == "option" else {"timeout": "0.5"})))
+    assert time.monotonic() - began > (0.5 if spider == "polite" else 0.8)
+    wanted = ("FAILED", code, "it ran longer than its timeout of 0.5 s", None if whose == "option" else 0.5)
+    assert (job["status"], job["exit_code"], job["reason"], job["timeout"]) == wanted
+    assert ("bye" in site.log(job["identifier"], "out")) == (spider == "polite")
+    assert alive(tmp_path / "data/spider-data/pids") == []
+    assert site.wait_job(site.schedule(timeout="30"))["status"] == "SUCCESSFUL"
+    check_counts(site.get("status"))
+
+
+@pytest.mark.parametrize("how", ["cancel", "stop"])
+@pytest.mark.parametrize("timeout", [0.3, 60], ids=["after the timeout", "before the timeout"])
+def test_a_cancel_or_a_stop_comes_before_a_timeout(inside, tmp_path, how, timeout):
+    """Also when the timeout was over first: the crawl has been asked to end, and must not be asked again."""
+    site = inside(kill_after=30)
+    loop = "while [ ! -e $SPIDER_DATA_DIR/go ]; do sleep 0.02; done"
+    site.push(slow=f"trap 'echo bye' TERM; echo started; {loop}")
+    job = site.schedule("slow", timeout=timeout)
+    wait_for(lambda: ("bye" if timeout < 1 else "started") in site.log(job, "out"))
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(site.daemon.cancel, job) if how == "cancel" else pool.submit(site.daemon.close)
+        wait_for(lambda: getattr(site.daemon._crawls.get(job), "ended_for", "") == how)
+        wait_for(lambda: "bye" in site.log(job, "out"))
+        release(tmp_path)
+        asked.result(20)
+    saved = state(tmp_path)["jobs"][job]
+    wanted = {"cancel": ("CANCELED", "canceled by the user"), "stop": ("PENDING", None)}[how]
+    assert (saved["status"], saved.get("reason")) == wanted
+    assert (tmp_path / f"data/logs/{job}.out").read_text() == "started\nbye\n"
+
+
+def test_a_timeout_goes_to_the_runs_of_a_schedule_and_begins_anew_after_a_crash(outside, tmp_path):
+    site = outside("--job-timeout", "60", "--kill-after", "0.3")
+    site.push(hold=HOLD)
+    schedule = site.schedule("hold", "every second", timeout="1.5")
+    run = wait_for(lambda: site.jobs("RUNNING"))[0]["identifier"]
+    site.kill()
+    site.start()
+    assert site.job(schedule)["timeout"] == 1.5
+    site.post("cancel-job", id=schedule)
+    job = site.wait_job(run)
+    assert (job["status"], job["reason"]) == ("FAILED", "it ran longer than its timeout of 1.5 s")
+    assert job["duration"] >= 1
+    release(tmp_path)
+
+
+@pytest.mark.parametrize("timeout", ["0", "-1", "", "x", "nan", "inf", "1000000.1", "1 s"])
+def test_a_timeout_that_is_no_positive_number_is_refused(site, timeout):
+    site.push()
+    status, answer = site.try_post("schedule-job", **PLAN, timeout=timeout)
+    assert (status, repr(timeout) in answer["msg"], "above 0" in answer["msg"]) == (400, True, True)
+    assert site.jobs("ACTIVE") == []
+
+
 def in_parallel(*calls):
     """Run functions at once and return their results, in order."""
     results = [None] * len(calls)
@@ -2919,7 +3045,7 @@ def test_a_start_that_fails_frees_its_slot(inside, tmp_path, capsys):
         script.chmod(0o755)
         assert site.wait_job(site.schedule())["status"] == "SUCCESSFUL"
     long = site.wait_job(site.schedule(payload=json.dumps({"x": "y" * 200_000})))
-    assert (long["status"], long["reason"]) == ("FAILED", "the payload is too long for an argument of a command")
+    assert (long["status"], long["reason"]) == ("FAILED", "the payload, args and settings are too long for a command")
     assert site.wait_job(site.schedule())["status"] == "SUCCESSFUL"
     check_counts(site.get("status"))
 
@@ -3547,7 +3673,7 @@ FLOW = {  # from each status, those that may be seen later
     **{status: {status} for status in ("SUCCESSFUL", "FAILED", "CANCELED")},
 }
 ENDED = ("SUCCESSFUL", "FAILED", "CANCELED")
-FIXED = ("actor", "schedule", "project", "spider", "description", "payload")
+FIXED = ("actor", "schedule", "project", "spider", "description", "payload", "args", "settings", "timeout")
 SHOPS = st.sampled_from(["shop", "other"])
 NUMBERS = st.integers(0, 9)
 WHEN = st.sampled_from(["now", "now", "now", "every 10 minutes", "every 1 to 2 hours", "every day at 10:30"])
@@ -4416,8 +4542,8 @@ def test_sigterm_during_a_write_and_a_cancel_and_a_start_keeps_what_is_acknowled
 NOBODY = "01234567-89ab-cdef-0123-456789abcdef"
 URLENCODED, MULTIPART, JSON = "application/x-www-form-urlencoded", "multipart/form-data; boundary=xYz", "application/json"
 JOB_KEYS = {
-    "identifier", "status", "actor", "schedule", "project", "spider", "description", "payload", "timestamp", "duration",
-    "next_run", "exit_code", "reason",
+    "identifier", "status", "actor", "schedule", "project", "spider", "description", "payload", "args", "settings",
+    "timeout", "timestamp", "duration", "next_run", "exit_code", "reason",
 }  # fmt: skip
 GET_ROUTES = {
     "/status.json": {
@@ -4579,6 +4705,28 @@ def test_every_route_answers_with_its_keys(shop):
     assert shop.log(identifier) == ""
 
 
+def test_a_list_of_jobs_is_filtered_and_limited(shop, monkeypatch):
+    """The newest come first, and what is left out is not even encoded."""
+    shop.push(stub_project("other", sound="exit 0"))
+    shop.push(stub_project("gone"))
+    made = [("shop", "quick"), ("other", "quick"), ("other", "sound"), ("shop", "quick"), ("other", "quick")]
+    jobs = [shop.schedule(spider, "every 3 hours", project) for project, spider in made]
+    removed = shop.wait_job(shop.schedule(project="gone"))["identifier"]
+    shop.post("remove-project", name="gone")
+    encoded = []
+    monkeypatch.setattr(scrapy_do, "job_text", lambda job: encoded.append(job.identifier) or json.dumps(job.view()))
+    for query, numbers in {
+        (): (4, 3, 2, 1, 0), (("limit", 2),): (4, 3), (("limit", "1000000000"),): (4, 3, 2, 1, 0), (("project", "shop"),): (3, 0),
+        (("spider", "quick"),): (4, 3, 1, 0), (("project", "other"), ("spider", "quick")): (4, 1),
+        (("project", "other"), ("spider", "quick"), ("limit", 1)): (4,), (("project", "shop"), ("spider", "sound")): (),
+        (("project", "nowhere"),): (), (("spider", "nobody"),): (), (("project", ""),): (),
+    }.items():  # fmt: skip
+        encoded.clear()
+        found = [job["identifier"] for job in shop.get("list-jobs", status="SCHEDULED", **dict(query))["jobs"]]
+        assert found == encoded == [jobs[number] for number in numbers], query
+    assert [job["identifier"] for job in shop.get("list-jobs", status="COMPLETED", project="gone", limit=5)["jobs"]] == [removed]
+
+
 def test_status_has_values_of_the_right_kind(shop):
     status = shop.get("status")
     kinds = dict.fromkeys(("memory-usage", "cpu-usage"), float) | dict.fromkeys(
@@ -4632,6 +4780,17 @@ WRONG_PARAMETERS = {
     "neither": ("/list-jobs.json", ["status", "id"]),
     "both": (f"/list-jobs.json?id={NOBODY}&status=ACTIVE", ["status", "id"]),
     "status twice": ("/list-jobs.json?status=ACTIVE&status=ACTIVE", ["twice", "status", "id"]),
+    "only a limit": ("/list-jobs.json?limit=1", ["status", "id"]),
+    **{
+        f"id and {name}": (f"/list-jobs.json?id={NOBODY}&{name}=1", [name, "status", "leave them out", "id"])
+        for name in ("project", "spider", "limit")
+    },
+    **{
+        f"limit {limit}": (f"/list-jobs.json?status=ACTIVE&limit={limit}", ["'limit'", "whole number from 1 to", limit])
+        for limit in ("0", "-1", "x", "1.5", "2000000000")
+    },
+    "limit of many digits": (f"/list-jobs.json?status=ACTIVE&limit={'0' * 11}1{'9' * 5000}", ["'limit'", "whole number"]),
+    "limit twice": ("/list-jobs.json?status=ACTIVE&limit=1&limit=2", ["twice", "limit"]),
     "status in small letters": ("/list-jobs.json?status=active", ["'active'", *["ACTIVE", "COMPLETED", "PENDING", "FAILED"]]),
     "empty status": ("/list-jobs.json?status", ["''", "ACTIVE", "SUCCESSFUL"]),
     "not UTF-8": ("/list-spiders.json?project=%ff", ["project", "UTF-8"]),
@@ -4639,7 +4798,7 @@ WRONG_PARAMETERS = {
     "no archive": ("/push-project.json", b"", ["archive"]),
     "two archives": ("/push-project.json", b"archive=a&archive=b", ["twice", "archive"]),
     "other archive": ("/push-project.json", b"archive=a&egg=b", ["egg", "archive"]),
-    "no when": ("/schedule-job.json", b"project=shop&spider=quick", ["when", "description", "payload"]),
+    "no when": ("/schedule-job.json", b"project=shop&spider=quick", ["when", "description", "payload", "timeout", "arg (may be repeated), setting (may"]),
     "no spider": ("/schedule-job.json", b"project=shop&when=now", ["spider", "when"]),
     "no project": ("/schedule-job.json", b"spider=quick&when=now", ["project", "when"]),
     "two payloads": ("/schedule-job.json", PLAN_URLENCODED + b"&payload={}&payload={}", ["twice", "payload", "when"]),
@@ -4885,6 +5044,7 @@ JSONS = {
     "payload as an object": ({**PLAN, "payload": {"b": ["ż", 1.5, None], "a": {}}}, "", {"b": ["ż", 1.5, None], "a": {}}),
     "payload as a text": ({**PLAN, "payload": '{"a": "\\u017c"}'}, "", {"a": "ż"}),
     "empty payload": ({**PLAN, "payload": {}}, "", {}),
+    "numbers": ({**PLAN, "timeout": 60, "description": -1.5}, "-1.5", {}),
     "description": ({**PLAN, "description": 'żółć 爬虫 \U0001f577\r\n\0"\\'}, 'żółć 爬虫 \U0001f577\r\n\0"\\', {}),
 }
 
@@ -4908,9 +5068,13 @@ BAD_JSONS = {
     "array": json.dumps([PLAN]).encode(),
     "string": b'"project"',
     "null": b"null",
-    "number as a value": json.dumps({**PLAN, "description": 1}).encode(),
+    "bool as a value": json.dumps({**PLAN, "description": True}).encode(),
     "null as a value": json.dumps({**PLAN, "description": None}).encode(),
     "list as a value": json.dumps({**PLAN, "description": ["a"]}).encode(),
+    "list of a number": json.dumps({**PLAN, "arg": ["a=1", None]}).encode(),
+    "list of a list": json.dumps({**PLAN, "setting": [["A=1"]]}).encode(),
+    "object as an arg": json.dumps({**PLAN, "arg": {"a": "1"}}).encode(),
+    "lone surrogate in an arg": json.dumps({**PLAN, "arg": ["a=\ud800"]}).encode(),
     "object as a description": json.dumps({**PLAN, "payload": "[]"}).encode(),
     "the same name twice": json.dumps(PLAN).replace('"when"', '"project": "shop", "when"').encode(),
     "the same name twice, escaped": json.dumps(PLAN).replace('"when"', '"\\u0070roject": "shop", "when"').encode(),
@@ -6437,6 +6601,7 @@ def test_hostile_bytes_cost_little_time(read):
         (["--job-slots", "0"], "'0' is not a whole number from 1 to 1000"),
         (["--completed-cap", "-1"], "'-1' is not a whole number from 1 to"),
         (["--kill-after", "nan"], "'nan' is not a number of seconds"),
+        (["--job-timeout", "x"], "'x' is not a number of seconds"),
         (["--list-timeout", "-1"], "'-1' is not a number of seconds"),
         (["--scrapy", ""], "the command is empty"),
         (["--scrapy", "'"], "is not a command"),
@@ -6499,7 +6664,7 @@ def test_events_are_log_lines_that_cannot_be_faked(outside):
     site.stop()
     lines = site.log_path.read_text().splitlines()
     wanted = ("listens on http://127.0.0.1:", "project shop was pushed", "is PENDING (now)", "is RUNNING",
-              "is FAILED after 0 s, exit code 4", "stopping")  # fmt: skip
+              "is FAILED after 0 s, the crawl ended with exit code 4", "stopping")  # fmt: skip
     assert [any(words in line for line in lines) for words in wanted] == [True] * 6
     assert all(line[:2] == "20" and line[19] == " " and "faked" not in line for line in lines), lines
 
@@ -6522,7 +6687,7 @@ def test_a_service_manager_is_told_of_the_start_and_the_stop(outside, tmp_path, 
 def test_the_file_stays_short_enough_to_be_read():
     """Growing is a decision: whoever raises the number has looked for the simpler shape."""
     source = MODULE.read_text()
-    assert len(source.splitlines()) <= 3619
+    assert len(source.splitlines()) <= 3688
     banners = re.findall(r"^# ---- ([0-9]+)\. ", source, re.MULTILINE)
     assert banners == [str(number) for number in range(1, 11)]
 
@@ -6629,6 +6794,7 @@ class Pages(scrapy.Spider):
 
     def parse(self, response):
         self.logger.info("Zażółć gęślą jaźń: %s", self.wish.get("word"))
+        self.logger.info("note %r, mark %r", getattr(self, "note", None), self.settings.get("MARK"))
         yield {"title": response.css("title::text").get(), "job": os.environ["SCRAPY_JOB"]}
         yield from response.follow_all(css="a")
 
@@ -6721,6 +6887,17 @@ def test_a_real_crawl_runs_to_its_end_in_any_language(real, website, tmp_path):
     assert {item["job"] for item in items} == {job}
 
 
+def test_args_and_settings_reach_a_real_spider_and_scrapy(real, website):
+    job = real.schedule(
+        "pages", project="real", payload=json.dumps({"site": website}), arg=["note=-1 = żółć\n漢字"],
+        setting=["DEPTH_LIMIT=1", "MARK=--x=żółw"],
+    )  # fmt: skip
+    assert real.wait_job(job)["reason"] is None
+    log = real.log(job)
+    assert log.count("note '-1 = żółć\\n漢字', mark '--x=żółw'") == 2, log  # pages; the third is too deep
+    assert "'item_scraped_count': 2" in log
+
+
 def test_a_real_crawl_that_is_canceled_flushes_its_feed(real, website, tmp_path):
     job = real.schedule("slow", project="real", payload=json.dumps({"site": website}))
     wait_for(lambda: "/slow/" in real.log(job))
@@ -6729,6 +6906,14 @@ def test_a_real_crawl_that_is_canceled_flushes_its_feed(real, website, tmp_path)
     log = real.log(job)
     assert "Received SIGTERM" in log
     assert "'finish_reason': 'shutdown'" in log
+    assert "first" in (tmp_path / "data/spider-data/slow.jsonl").read_text()
+
+
+def test_a_real_crawl_that_runs_too_long_flushes_its_feed_and_has_failed(real, website, tmp_path):
+    job = real.wait_job(real.schedule("slow", project="real", payload=json.dumps({"site": website}), timeout=4))
+    log = real.log(job["identifier"])
+    assert (job["status"], job["exit_code"], job["reason"]) == ("FAILED", 0, "it ran longer than its timeout of 4 s"), log
+    assert log.count("Received SIGTERM") == 1
     assert "first" in (tmp_path / "data/spider-data/slow.jsonl").read_text()
 
 
