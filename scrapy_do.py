@@ -442,6 +442,15 @@ def local_time(moment: float) -> str:
     return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(whole)) + f".{micro:06d}"
 
 
+class Stats(NamedTuple):
+    """What Scrapy counted in a crawl."""
+
+    items: int = 0
+    responses: int = 0
+    errors: int = 0  # lines in the log
+    finish_reason: str = ""
+
+
 class Job(NamedTuple):
     """One scheduled, waiting, running or finished job. Times are POSIX seconds."""
 
@@ -460,6 +469,7 @@ class Job(NamedTuple):
     duration: int | None = None
     exit_code: int | None = None
     reason: str | None = None
+    stats: Stats | None = None  # of a run whose log has them
     cancel: bool = False  # of a RUNNING job: it has been told to end
     pid: int | None = None
     pid_created: float | None = None
@@ -473,6 +483,7 @@ class Job(NamedTuple):
             "timestamp": local_time(self.timestamp), "duration": self.duration,
             "next_run": None if self.due is None else local_time(self.due),
             "exit_code": self.exit_code, "reason": self.reason,
+            "stats": None if self.stats is None else self.stats._asdict(),
         }  # fmt: skip
 
     def recurrence(self) -> Recurrence:
@@ -501,6 +512,7 @@ NAME_BYTES = 200  # a file name has at most 255, and the archive's has more than
 FIELD_TYPES: dict[str, type] = {  # all other fields are str
     "status": Status, "actor": Actor, "timestamp": float, "origin": float, "due": float, "duration": int,
     "exit_code": int, "cancel": bool, "pid": int, "pid_created": float, "spiders": list,
+    "stats": Stats, "items": int, "responses": int, "errors": int,
 }  # fmt: skip
 SHARED_FIELDS = ("schedule", "project", "spider", "description")  # thousands of jobs have the same, and one text for it
 encode_json = json.JSONEncoder(ensure_ascii=False).encode  # json.dumps would make such an encoder for each call
@@ -541,6 +553,8 @@ def encode_line(key: str, record: Record | None) -> bytes:
     if record is not None:
         defaults, unset = record._field_defaults, object()
         fields = {name: value for name, value in record._asdict().items() if value != defaults.get(name, unset)}
+        if isinstance(record, Job) and record.stats is not None:
+            fields["stats"] = record.stats._asdict()
     return f"{encode_json(key)}: {encode_json(fields)}".encode("utf-8", "backslashreplace")
 
 
@@ -571,6 +585,8 @@ def _decode_field(name: str, value: Any) -> Any:
     wanted: Any = FIELD_TYPES.get(name, str)
     if wanted is Status or wanted is Actor:
         return wanted(value)
+    if wanted is Stats:
+        return decode_record(Stats, value)
     if wanted is float and type(value) is int:
         value = float(value)
     if type(value) is not wanted or (wanted is float and not 0 <= value <= LAST_INSTANT):
@@ -640,6 +656,20 @@ def remove_tree(path: Path) -> None:
                 with contextlib.suppress(OSError):
                     os.chmod(os.path.join(root, name), stat.S_IRWXU, follow_symlinks=False)
         shutil.rmtree(path, ignore_errors=True)
+
+
+def open_log(path: Path) -> IO[bytes]:
+    """Open a log; one that has not begun is empty. Raise NotFound for what is no log, like a link."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except FileNotFoundError:
+        return open(os.devnull, "rb")
+    except OSError as error:
+        raise NotFound(f"the log cannot be read: {error.strerror}") from None
+    if stat.S_ISREG(os.fstat(descriptor).st_mode):
+        return open(descriptor, "rb")
+    os.close(descriptor)
+    raise NotFound("there is something else in the place of the log")
 
 
 CHANGES_BEGIN = b',\n"changes": [{}'  # the first one is empty, so that each other begins with a comma
@@ -1173,6 +1203,31 @@ def end_processes(find: Callable[[], set[psutil.Process]]) -> None:
                 process.kill()
         psutil.wait_procs(found, timeout=0.5)
     log(f"some processes cannot be killed: {', '.join(str(process.pid) for process in found)}")
+
+
+PRINTED = rb"""(?:'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*"|[^'"{}])"""  # a string, or a character that is no brace
+STATS_DUMP = re.compile(rb"(?s).*Dumping Scrapy stats:[^{]{0,9}(\{(?:%b|\{%b*\})*\}?)" % (PRINTED, PRINTED))  # the last
+STATS_COUNT = re.compile(rb"'([\w/]+)': ([0-9]{1,15})[,}\s]")  # one without an end may be cut off
+STATS_REASON = re.compile(rb"'finish_reason': (['\"])(.{0,200}?)\1")
+
+
+def read_stats(path: Path) -> Stats | None:
+    """Return what Scrapy says near the end of a log that it has counted; None when it does not.
+
+    A spider may write there what it likes, so all that is not understood is passed over.
+    """
+    try:
+        with open_log(path) as file:
+            file.seek(max(0, os.fstat(file.fileno()).st_size - CHUNK_BYTES))
+            dump = STATS_DUMP.match(file.read(CHUNK_BYTES))
+    except (ScrapyDoError, OSError):
+        return None
+    if dump is None:
+        return None
+    counts, reason = dict(STATS_COUNT.findall(dump[1])), STATS_REASON.search(dump[1])
+    names = (b"item_scraped_count", b"response_received_count", b"log_count/ERROR")
+    items, responses, errors = (int(counts.get(name, 0)) for name in names)
+    return Stats(items, responses, errors, reason[2].decode("utf-8", "replace") if reason else "")
 
 
 def read_spiders(output: str, mark: str) -> list[str]:
@@ -1951,7 +2006,10 @@ class Daemon:
             log_crash(f"the crawl of job {job.identifier}")
             reason = f"the crawl could not be run: {error!r}"
         remove_tree(folder)
-        outcome = {"duration": int(self._clock.monotonic() - began), "exit_code": exit_code, "reason": reason}
+        outcome = {
+            "duration": int(self._clock.monotonic() - began), "exit_code": exit_code, "reason": reason,
+            "stats": None if exit_code is None else read_stats(self._store.log_file(job.identifier, "err")),
+        }  # fmt: skip
         is_interrupted = crawl is not None and crawl.ended_for == "stop"
         self._commit(lambda draft: self._finish(draft, job.identifier, is_interrupted, outcome), is_fact=True)
 
@@ -2958,20 +3016,6 @@ def whole_number_of(form: Mapping[str, str], name: str, most: int) -> int | None
     if not (text.isascii() and text.isdigit() and int(text[:12]) <= most):
         raise BadRequest(f"the parameter '{name}' must be a whole number from 0 to {most}, not {text!r:.40}")
     return int(text)
-
-
-def open_log(path: Path) -> IO[bytes]:
-    """Open a log; one that has not begun is empty. Raise NotFound for what is no log, like a link."""
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-    except FileNotFoundError:
-        return open(os.devnull, "rb")
-    except OSError as error:
-        raise NotFound(f"the log cannot be read: {error.strerror}") from None
-    if stat.S_ISREG(os.fstat(descriptor).st_mode):
-        return open(descriptor, "rb")
-    os.close(descriptor)
-    raise NotFound("there is something else in the place of the log")
 
 
 def tail_start(file: IO[bytes], size: int, lines: int | None) -> int:

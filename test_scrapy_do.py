@@ -1393,6 +1393,8 @@ BAD_RECORDS = {
     "bad-time": (lambda job: {**job, "timestamp": float("nan")}, "the field 'timestamp' cannot be nan"),
     "bad-due": (lambda job: {**job, "due": "soon"}, "the field 'due' cannot be 'soon'"),
     "far-due": (lambda job: {**job, "due": 1e30}, "the field 'due' cannot be 1e+30"),
+    "bad-stats": (lambda job: {**job, "stats": [1]}, "[1] is not an object"),
+    "bad-count": (lambda job: {**job, "stats": {"items": "1"}}, "the field 'items' cannot be '1'"),
     "unknown-field": (lambda job: {**job, "colour": "red"}, "there is no field 'colour'"),
     "other-name": (lambda job: {**job, "identifier": "y"}, "'y' is not its identifier"),
 }
@@ -2680,7 +2682,7 @@ def test_a_job_has_the_keys_of_the_contract(site):
     assert {**job, "timestamp": "", "next_run": "", "identifier": ""} == {
         "identifier": "", "status": "SCHEDULED", "actor": "USER", "schedule": "Every  3 hours", "project": "shop",
         "spider": "quick", "description": "Opis żółty", "payload": "{}", "timestamp": "", "duration": None,
-        "next_run": "", "exit_code": None, "reason": None,
+        "next_run": "", "exit_code": None, "reason": None, "stats": None,
     }  # fmt: skip
     done = site.wait_job(site.schedule(payload='{"a": "漢字"}'))
     assert {key: done[key] for key in ("schedule", "payload", "duration", "next_run", "exit_code", "reason")} == {
@@ -2733,6 +2735,70 @@ def test_no_more_crawls_run_than_there_are_slots(inside, tmp_path):
     assert len(site.daemon._crawls) <= 2
     release(tmp_path)
     assert {site.wait_job(job)["status"] for job in jobs} == {"SUCCESSFUL"}
+
+
+DUMPED = """2026-11-24 05:29:30 [scrapy.statscollectors] INFO: Dumping Scrapy stats:
+{'downloader/response_bytes': 77,
+ 'elapsed': {'a}': "it's"},
+ 'finish_reason': 'finished',
+ 'finish_time': datetime.datetime(2026, 11, 24, 5, 29, 30, tzinfo=datetime.timezone.utc),
+ 'item_scraped_count': 50,
+ 'log_count/ERROR': 2,
+ 'memusage/max': 66220032,
+ 'response_received_count': 6,
+ 'why}': 'it is }'}
+2026-11-24 05:29:30 [scrapy.core.engine] INFO: Spider closed (finished)
+"""
+STATS_LOGS = {  # a log, and what it says: items, responses, errors, finish_reason
+    "whole": (DUMPED, (50, 6, 2, "finished")),
+    "nothing": ("", None),
+    "no-dump": (DUMPED.replace("Dumping", "Pumping"), None),
+    "no-dictionary": ("Dumping Scrapy stats:\nnothing today {'item_scraped_count': 1}", None),
+    "empty": ("Dumping Scrapy stats:\n{}\n {'item_scraped_count': 1}", (0, 0, 0, "")),
+    "on-one-line": ("Dumping Scrapy stats:\n{'finish_reason': 'x', 'item_scraped_count': 1}", (1, 0, 0, "x")),
+    "counts-after-it": (DUMPED.replace(" 'item_scraped_count': 50,\n", "") + " 'item_scraped_count': 1,\n", (0, 6, 2, "finished")),
+    "other-keys": (DUMPED.replace("'item_", "'my/item_").replace("received_count'", "received_count/200'"), (0, 0, 2, "finished")),
+    "numbers-of-other-kinds": (DUMPED.replace("50", "'50'").replace(": 6,", ": 6.5,").replace(": 2,", f": {'9' * 5000},"), (0, 0, 0, "finished")),
+    "quotes": (DUMPED.replace("'finished'", '''"it's {enough}"'''), (50, 6, 2, "it's {enough}")),
+    "other-format": (DUMPED.replace("\n2026", " [scrapy.statscollectors] {INFO}\n2026").replace("2026-11-24 05:29:30 [", "["), (50, 6, 2, "finished")),
+    "json-format": (json.dumps({"message": DUMPED, "level": "INFO"}), (50, 6, 2, "finished")),
+    "windows-lines": (DUMPED.replace("\n", "\r\n"), (50, 6, 2, "finished")),
+    "two": (DUMPED.replace("50", "7") + DUMPED, (50, 6, 2, "finished")),
+    "second-cut-off-before-its-dictionary": (DUMPED + "Dumping Scrapy stats:\n", (50, 6, 2, "finished")),
+    "cut-off-in-a-number": (DUMPED[: DUMPED.index("50") + 1], (0, 0, 0, "finished")),
+    "cut-off-in-a-text": (DUMPED[: DUMPED.index("shed',")], (0, 0, 0, "")),
+    "code": (DUMPED.replace("50", "__import__('os').abort()"), (0, 6, 2, "finished")),
+    "binary": (bytes(range(256)) * 99 + DUMPED.replace("finished'", "fin\udcffished'").encode(errors="surrogateescape") + bytes(range(256)), (50, 6, 2, "fin\ufffdished")),
+    "far-from-the-end": (DUMPED + "x" * 70_000, None),
+    "long": ("x" * 1_000_000 + DUMPED + "y" * 60_000, (50, 6, 2, "finished")),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("log", "stats"), STATS_LOGS.values(), ids=STATS_LOGS)
+def test_stats_are_read_from_the_end_of_the_log(site, log, stats):
+    archive = stub_project(talk="cat stats >&2; exit 3")
+    with zipfile.ZipFile(buffer := io.BytesIO(archive), "a") as bundle:
+        bundle.writestr("stats", log)
+    site.push(buffer.getvalue())
+    job = site.wait_job(site.schedule("talk"))
+    keys = ("items", "responses", "errors", "finish_reason")
+    assert (job["status"], job["stats"]) == ("FAILED", stats and dict(zip(keys, stats, strict=True)))
+
+
+def test_a_log_that_is_not_there_any_more_has_no_stats(site):
+    site.push(link='cd "$SPIDER_DATA_DIR/../logs"; echo "Dumping Scrapy stats: {}" > x; ln -sf x $SCRAPY_JOB.err',
+              pipe='cd "$SPIDER_DATA_DIR/../logs"; rm $SCRAPY_JOB.err; mkfifo $SCRAPY_JOB.err')  # fmt: skip
+    for spider in ("link", "pipe"):
+        job = site.wait_job(site.schedule(spider))
+        assert (job["status"], job["stats"]) == ("SUCCESSFUL", None)
+
+
+@pytest.mark.parametrize("hostile", ["Dumping Scrapy stats:{'", "Dumping Scrapy stats:{", "{'a", "'\\", "\\"])
+def test_stats_of_hostile_logs_cost_little_time(tmp_path, hostile):
+    (tmp_path / "log").write_text("Dumping Scrapy stats:{" + hostile * (65_000 // len(hostile)))
+    began = time.process_time()
+    scrapy_do.read_stats(tmp_path / "log")
+    assert time.process_time() - began < 0.2
 
 
 @pytest.mark.parametrize(
@@ -4406,7 +4472,7 @@ NOBODY = "01234567-89ab-cdef-0123-456789abcdef"
 URLENCODED, MULTIPART, JSON = "application/x-www-form-urlencoded", "multipart/form-data; boundary=xYz", "application/json"
 JOB_KEYS = {
     "identifier", "status", "actor", "schedule", "project", "spider", "description", "payload", "timestamp", "duration",
-    "next_run", "exit_code", "reason",
+    "next_run", "exit_code", "reason", "stats",
 }  # fmt: skip
 GET_ROUTES = {
     "/status.json": {
@@ -6489,7 +6555,7 @@ def test_events_are_log_lines_that_cannot_be_faked(outside):
 def test_the_file_stays_short_enough_to_be_read():
     """Growing is a decision: whoever raises the number has looked for the simpler shape."""
     source = MODULE.read_text()
-    assert len(source.splitlines()) <= 3421
+    assert len(source.splitlines()) <= 3465
     banners = re.findall(r"^# ---- ([0-9]+)\. ", source, re.MULTILINE)
     assert banners == [str(number) for number in range(1, 10)]
 
@@ -6600,6 +6666,10 @@ def test_a_real_crawl_runs_to_its_end_in_any_language(real, website, tmp_path):
     assert (done["status"], done["reason"], done["payload"]) == ("SUCCESSFUL", None, payload), log
     assert log.count("Zażółć gęślą jaźń: 漢字") == 3
     assert "'item_scraped_count': 3" in log
+    assert done["stats"] == {"items": 3, "responses": 4, "errors": 0, "finish_reason": "finished"}  # and robots.txt
+    real.stop()
+    real.start()
+    assert real.job(job) == done
     assert "Strona 3 – 頁" in log
     items = [json.loads(line) for line in (tmp_path / "data/spider-data/pages.jsonl").read_text().splitlines()]
     assert [item["title"] for item in items] == [f"Strona {number} – 頁" for number in (1, 2, 3)]
@@ -6610,7 +6680,9 @@ def test_a_real_crawl_that_is_canceled_flushes_its_feed(real, website, tmp_path)
     job = real.schedule("slow", project="real", payload=json.dumps({"site": website}))
     wait_for(lambda: "/slow/" in real.log(job))
     real.post("cancel-job", id=job)
-    assert real.job(job)["status"] == "CANCELED"
+    canceled = real.job(job)
+    assert (canceled["status"], canceled["stats"]["finish_reason"]) == ("CANCELED", "shutdown")
+    assert canceled["stats"]["items"] > 0
     log = real.log(job)
     assert "Received SIGTERM" in log
     assert "'finish_reason': 'shutdown'" in log
