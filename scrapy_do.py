@@ -20,6 +20,7 @@ Threads
     writer     runs the changes, all that have gathered at once, on a draft of the records; writes the draft to the
                disk; then publishes it. What a reader sees is on the disk, or will be as soon as the disk takes it.
     slot-*     each takes the oldest pending job, starts its crawl and blocks until that has ended.
+    on-finish  starts the command of --on-finish for one finished job after the other; there only with that option.
 
 Locks
     Daemon._lock     guards the published records and all that is derived from them; held for memory work only.
@@ -88,6 +89,10 @@ NONCE_SECONDS = 300
 BACKLOG_COUNT = 1024  # connections that the kernel keeps until they are accepted
 BATCH_COUNT = 256  # changes that share one write: bounds how long the records stay locked
 FIRINGS_COUNT = 64  # schedules that fire in one write beside them: more would make requests wait for a burst
+NOTICES_COUNT = 1000  # finished jobs that wait for the command of --on-finish
+NOTICE_SECONDS = 60.0  # that the command may take
+NOTICE_STOP_SECONDS = 3.0  # that all who wait for it have when the daemon stops
+NOTICE_LOOK_SECONDS = 0.2  # between looks at whether it does
 SWITCH_SECONDS = 0.001  # after which a thread that lists many jobs lets others go on; Python's own is 5 ms
 RETRY_SECONDS = 2.0  # between attempts to save what the disk did not take
 CLOCK_CHECK_SECONDS = 60.0  # a wait does not notice that the system clock was set
@@ -1396,6 +1401,7 @@ class Draft:
         self.changed: dict[tuple[str, str], Record | None] = {}
         self.events: list[str] = []  # log lines
         self.skipped = 0  # runs that were not made
+        self.finished: list[Job] = []  # runs that have got their last status
         self.afterwards: list[Callable[[], None]] = []  # what follows on the disk, in order; may be done again
 
     def find_project(self, name: str) -> Project:
@@ -1437,8 +1443,11 @@ class Draft:
         """Change the status of a job, the only place where that happens, and return the job as it is then."""
         if status not in TRANSITIONS.get(job.status, ()):
             raise Conflict(f"job {job.identifier} is {job.status.value} and cannot become {status.value}")
+        is_run = job.status is not Status.SCHEDULED
         job = job._replace(status=status, timestamp=self.now, due=None, cancel=False, pid=None, pid_created=None)
         job = job._replace(**fields)
+        if is_run and status in COMPLETED:
+            self.finished.append(job)
         self.put(job, f"job {job.identifier} is {status.value}{event}: {job.project} {job.spider}")
         return job
 
@@ -1476,6 +1485,70 @@ class Settings(NamedTuple):
     completed_cap: int = 50
     kill_after: float = 10.0
     list_timeout: float = 60.0
+    on_finish: tuple[str, ...] = ()  # none
+
+
+class Notifier:
+    """Start a command after each finished job, one at a time; what goes wrong with it is only logged."""
+
+    def __init__(self, command: tuple[str, ...]):
+        self._command = [word.encode() for word in command]
+        self._waiting: queue.Queue[Job | None] = queue.Queue()  # None ends the thread
+        self._end = float("inf")  # when no command may run any more, as time.monotonic has it
+        self._thread = threading.Thread(target=self._run, name="on-finish", daemon=True)
+
+    def start(self) -> None:
+        """Start the thread, if there is a command."""
+        if self._command:
+            self._thread.start()
+
+    def put(self, job: Job) -> None:
+        """Have the command started for a job, unless too many wait for it. Only the writer calls this."""
+        if self._command and self._waiting.qsize() < NOTICES_COUNT:
+            self._waiting.put(job)
+        elif self._command:
+            log(f"--on-finish failed for job {job.identifier}: {NOTICES_COUNT} others are waiting")
+
+    def close(self) -> None:
+        """Give those who wait a few seconds, and end the thread."""
+        self._end = time.monotonic() + NOTICE_STOP_SECONDS
+        self._waiting.put(None)
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def _run(self) -> None:
+        while (job := self._waiting.get()) is not None:
+            try:
+                self._notify(job)
+            except Exception as error:  # mostly an OSError: there is no such command, or no space for its input
+                log(f"--on-finish failed for job {job.identifier}: {error}")
+
+    def _notify(self, job: Job) -> None:
+        """Run the command for a job. Raise what is wrong with it.
+
+        Its input is a file, since nobody may read a pipe. It has no SCRAPY_JOB, which would make it part of the crawl.
+        """
+        import tempfile
+
+        end = min(self._end, time.monotonic() + NOTICE_SECONDS)
+        if time.monotonic() >= end:
+            raise Unavailable("the daemon is stopping")
+        environment = {**os.environ, "SCRAPY_DO_JOB": job.identifier, "SCRAPY_DO_STATUS": job.status.value}
+        with tempfile.TemporaryFile() as file:
+            file.write((job_text(job) + "\n").encode("utf-8", "backslashreplace"))
+            file.seek(0)
+            process = subprocess.Popen(
+                self._command, env=environment, stdin=file, stdout=subprocess.DEVNULL, start_new_session=True
+            )
+        while process.poll() is None and time.monotonic() < min(end, self._end):
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(NOTICE_LOOK_SECONDS)
+        if process.returncode is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            raise ScrapyDoError("it took too long and was killed")
+        if process.returncode:
+            raise ScrapyDoError(f"exit code {process.returncode}")
 
 
 class Daemon:
@@ -1490,6 +1563,8 @@ class Daemon:
         self._clock = clock or Clock()
         self._timer = Timer(self._on_due, self._on_deadline, self._on_clock_set_back, self._clock)
         self._began = self._clock.monotonic()
+        self._notifier = Notifier(settings.on_finish)
+        self._unsaved: list[Job] = []  # of the writer: finished jobs whose last status is not on the disk yet
         self._writer = threading.Thread(target=self._write_changes, name="writer", daemon=True)
         numbers = range(1, settings.job_slots + 1)
         self._slots = [threading.Thread(target=self._run_slot, name=f"slot-{n}", daemon=True) for n in numbers]
@@ -1526,10 +1601,12 @@ class Daemon:
             for job in sorted(jobs.values(), key=lambda job: job.status in COMPLETED and job.timestamp):
                 self._index_locked(job)
         self._writer.start()
+        self._notifier.start()
 
         def adopt(published: Draft) -> None:
             published.changed.update(draft.changed)
             published.events += draft.events
+            published.finished += draft.finished
 
         self._commit(adopt, is_fact=True)
         self._timer.start()
@@ -1589,6 +1666,7 @@ class Daemon:
         if self._writer.is_alive():
             self._writer.join()
             self._store.tidy(self._records)
+        self._notifier.close()
 
     # Changes: one writer for all, see the head of the file
 
@@ -1674,6 +1752,9 @@ class Daemon:
                     self._jobs.pop(key, None)
         for event in draft.events:
             log(event)
+        self._unsaved += draft.finished
+        while self._unsaved and not self._store.is_behind:
+            self._notifier.put(self._unsaved.pop(0))
         for action in draft.afterwards:
             try:
                 action()
@@ -3282,8 +3363,8 @@ def seconds(text: str) -> float:
     return value
 
 
-def scrapy_command(text: str) -> tuple[str, ...]:
-    """Check the command that is Scrapy; a path is taken from where the daemon is started."""
+def command(text: str) -> tuple[str, ...]:
+    """Split an option that is a command as a shell does; a path is taken from where the daemon is started."""
     import shlex
 
     try:
@@ -3307,9 +3388,10 @@ def parse_options(argv: list[str] | None) -> argparse.Namespace:
     add("--data-dir", type=Path, default=Path("scrapy-do-data"), help="where everything is kept (./%(default)s)")
     add("--job-slots", type=whole_number(1, 1000), help="crawls that run at once (%(default)s)")
     add("--completed-cap", type=whole_number(1), help="finished jobs to keep with their logs (%(default)s)")
-    add("--scrapy", type=scrapy_command, metavar="CMD", help="the command that is Scrapy (this Python's '-m scrapy')")
+    add("--scrapy", type=command, metavar="CMD", help="the command that is Scrapy (this Python's '-m scrapy')")
     add("--kill-after", type=seconds, metavar="SECONDS", help="from SIGTERM to SIGKILL (%(default)g)")
     add("--list-timeout", type=seconds, metavar="SECONDS", help="for 'scrapy list' (%(default)g)")
+    add("--on-finish", type=command, metavar="CMD", help="started after each finished job, which it can read")
     add("--max-upload", type=whole_number(1, 10**6), metavar="MIB", help="largest body (%(default)s)")
     add("--max-connections", type=whole_number(1, 10**5), metavar="COUNT", help="clients at once (%(default)s)")
     add("--request-timeout", type=seconds, metavar="SECONDS", help="for a request to arrive (%(default)g)")

@@ -3024,6 +3024,142 @@ def test_only_the_newest_finished_jobs_are_kept(inside, tmp_path):
     assert site.call("GET", f"/get-log/data/{made[0]}.out")[0] == 404
 
 
+NOTE = """#!/bin/sh
+# What --on-finish starts: it keeps what it got, and what was on the disk then.
+cp data/state.json notes/state
+cat > notes/input
+echo "$SCRAPY_DO_JOB $SCRAPY_DO_STATUS $SCRAPY_JOB $*" > notes/words
+mv notes "$SCRAPY_DO_JOB"
+mkdir notes
+"""
+
+
+@pytest.fixture
+def notes(tmp_path):
+    """Return a function that gives what the command of --on-finish got for a job."""
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "note").write_text(NOTE)
+    (tmp_path / "note").chmod(0o755)
+
+    def read(job):
+        wait_for(lambda: (tmp_path / job).exists())
+        return {path.name: path.read_text() for path in (tmp_path / job).iterdir()}
+
+    return read
+
+
+def test_on_finish_is_started_for_each_run_that_has_ended(outside, tmp_path, notes):
+    site = outside("--on-finish", f"{tmp_path}/note 'a b' '*'", "--job-slots", "1", "--kill-after", "1")
+    site.push(bad="exit 3", stubborn=STUBBORN, talk="echo \"Dumping Scrapy stats: {'item_scraped_count': 2}\" >&2")
+    made = {"talk": "SUCCESSFUL", "bad": "FAILED", "stubborn": "CANCELED", "quick": "CANCELED"}
+    ids = {spider: site.schedule(spider, payload='{"a": "漢字"}') for spider in made}
+    site.wait_job(ids["stubborn"], "RUNNING")
+    schedule = site.schedule(when="every 3 hours")
+    for job in (schedule, ids["quick"], ids["stubborn"]):
+        site.post("cancel-job", id=job)
+    for spider, status in made.items():
+        job, got = ids[spider], notes(ids[spider])
+        assert got["words"] == f"{job} {status}  a b *\n"
+        assert json.loads(got["input"]) == site.job(job)
+        assert re.findall(rf'"{job}".*"status": "([A-Z]+)"', got["state"])[-1] == status
+    assert site.job(ids["talk"])["stats"]["items"] == 2
+    assert not (tmp_path / schedule).exists()
+    site.schedule(when="every second")
+    run = wait_for(lambda: [job["identifier"] for job in site.jobs("SUCCESSFUL") if job["actor"] == "SCHEDULER"])[0]
+    assert json.loads(notes(run)["input"])["actor"] == "SCHEDULER"
+    assert "on-finish" not in site.log_path.read_text()
+
+
+def test_on_finish_knows_an_end_that_a_crash_has_delayed_but_no_run_that_begins_again(outside, tmp_path, notes):
+    site = outside("--on-finish", f"{tmp_path}/note")
+    site.push(hold=HOLD)
+    again, over = site.schedule("hold"), site.schedule("hold")
+    wait_for(lambda: "started" in site.log(over, "out") and "started" in site.log(again, "out"))
+    site.stop()
+    assert not (tmp_path / again).exists()
+    change_state(tmp_path, lambda document: document["jobs"][over].update(status="RUNNING", cancel=True))
+    site.start()
+    assert notes(over)["words"] == f"{over} CANCELED  \n"
+    release(tmp_path)
+    assert notes(again)["words"] == f"{again} SUCCESSFUL  \n"
+
+
+@pytest.mark.parametrize(
+    ("command", "fault"),
+    [
+        ("nothing-here", "[Errno 2] No such file or directory: b'nothing-here'"),
+        ("sh -c 'exit 3'", "exit code 3"),
+        ("sh -c 'kill -9 $$'", "exit code -9"),
+        ("sh -c 'sleep 600 & echo $! > child; wait'", "it took too long and was killed"),
+    ],
+    ids=["missing", "exit", "signal", "slow"],
+)
+def test_on_finish_that_fails_is_only_logged(inside, tmp_path, monkeypatch, capsys, command, fault):
+    monkeypatch.setattr(scrapy_do, "NOTICE_SECONDS", 0.5)
+    monkeypatch.chdir(tmp_path)
+    site = inside(on_finish=scrapy_do.command(command))
+    site.push()
+    job = site.wait_job(site.schedule(payload=json.dumps({"long": "x" * 100_000})))
+    said = ""
+    while f"--on-finish failed for job {job['identifier']}: {fault}\n" not in said:
+        said += wait_for(lambda: capsys.readouterr().err)
+    assert site.job(job["identifier"]) == job
+    assert not (tmp_path / "child").exists() or not alive(tmp_path / "child")
+
+
+def test_on_finish_holds_no_crawl_up_and_waits_for_so_many_at_most(inside, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(scrapy_do, "NOTICES_COUNT", 2)
+    monkeypatch.chdir(tmp_path)
+    site = inside(on_finish=scrapy_do.command("sh -c 'echo $SCRAPY_DO_JOB >> started; while [ ! -e go ]; do sleep 0.02; done'"))
+    site.push()
+    jobs = [site.schedule()]
+    wait_for((tmp_path / "started").exists)
+    for _ in range(4):
+        jobs.append(site.schedule())
+        site.wait_job(jobs[-1])
+    (tmp_path / "go").touch()
+    wait_for(lambda: (tmp_path / "started").read_text().split() == jobs[:3])
+    said = capsys.readouterr().err
+    assert [f"failed for job {job}: 2 others are waiting\n" in said for job in jobs] == [False] * 3 + [True] * 2
+
+
+def test_a_stop_waits_a_little_for_on_finish(inside, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(scrapy_do, "NOTICE_STOP_SECONDS", 1.0)
+    monkeypatch.chdir(tmp_path)
+    site = inside(on_finish=scrapy_do.command("sh -c 'echo $$ > started; [ -e go ] && sleep 600 || sleep 0.2; touch go done'"))
+    site.push()
+    jobs = [site.schedule() for _ in range(3)]
+    wait_for((tmp_path / "started").exists)
+    for job in jobs:
+        site.wait_job(job)
+    began = time.monotonic()
+    site.daemon.close()
+    assert 0.8 < time.monotonic() - began < 3
+    assert (tmp_path / "done").exists()
+    assert not alive(tmp_path / "started")
+    said = capsys.readouterr().err
+    assert (said.count("it took too long and was killed"), said.count("the daemon is stopping")) == (1, 1)
+
+
+def test_on_finish_waits_until_the_disk_has_the_end(inside, tmp_path, monkeypatch, notes):
+    monkeypatch.setattr(scrapy_do, "RETRY_SECONDS", 0.1)
+    monkeypatch.chdir(tmp_path)
+    site = inside(on_finish=(str(tmp_path / "note"),))
+    site.push(hold=HOLD)
+    job = site.schedule("hold")
+    wait_for(lambda: "started" in site.log(job, "out"))
+    wait_for(lambda: "pid" in state(tmp_path)["jobs"][job])
+    with monkeypatch.context() as patch:
+        faults = Faults(patch)
+        faults.error, faults.step = errno.ENOSPC, "write"
+        release(tmp_path)
+        site.wait_job(job)
+        wait_for(lambda: faults.count < -4)
+        assert not (tmp_path / job).exists()
+        faults.step = ""
+        assert '"SUCCESSFUL"' in notes(job)["state"]
+
+
 def test_a_schedule_never_has_two_pending_runs(inside, tmp_path):
     clock = FakeClock()
     site = inside(clock, job_slots=1)
@@ -6495,6 +6631,7 @@ def test_hostile_bytes_cost_little_time(read):
         (["--list-timeout", "-1"], "'-1' is not a number of seconds"),
         (["--scrapy", ""], "the command is empty"),
         (["--scrapy", "'"], "is not a command"),
+        (["--on-finish", " "], "the command is empty"),
         (["--max-upload", "0"], "'0' is not a whole number from 1"),
         (["--colour"], "unrecognized arguments: --colour"),
         (["--po", "1"], "unrecognized arguments: --po 1"),
@@ -6555,7 +6692,7 @@ def test_events_are_log_lines_that_cannot_be_faked(outside):
 def test_the_file_stays_short_enough_to_be_read():
     """Growing is a decision: whoever raises the number has looked for the simpler shape."""
     source = MODULE.read_text()
-    assert len(source.splitlines()) <= 3465
+    assert len(source.splitlines()) <= 3547
     banners = re.findall(r"^# ---- ([0-9]+)\. ", source, re.MULTILINE)
     assert banners == [str(number) for number in range(1, 10)]
 
