@@ -853,6 +853,14 @@ class Store:
         """Return the log of a job: `stream` is out or err."""
         return self.logs / f"{identifier}.{stream}"
 
+    def log_bytes(self, identifier: str) -> int:
+        """Return how long the logs of a job are together."""
+        size = 0
+        for stream in ("out", "err"):
+            with contextlib.suppress(OSError):
+                size += self.log_file(identifier, stream).lstat().st_size
+        return size
+
     def delete_logs(self, identifier: str) -> None:
         """Delete the logs of a job, if there are any."""
         for stream in ("out", "err"):
@@ -1486,6 +1494,8 @@ class Settings(NamedTuple):
     kill_after: float = 10.0
     list_timeout: float = 60.0
     on_finish: tuple[str, ...] = ()  # none
+    keep_days: float = float("inf")
+    keep_mib: float = float("inf")
 
 
 class Notifier:
@@ -1578,6 +1588,7 @@ class Daemon:
         self._records: Sections = {"projects": self._projects, "jobs": self._jobs}  # as the store wants them
         self._by_status: dict[Status, dict[str, None]] = {status: {} for status in Status}
         self._completed: dict[str, None] = {}  # the oldest first
+        self._log_bytes: dict[str, int] = {}  # of jobs that have logs: as they were at the start or after their crawl
         self._counts = dict.fromkeys(("jobs-run", "jobs-successful", "jobs-failed", "jobs-canceled", "runs-skipped"), 0)
         self._crawls: dict[str, Crawl] = {}  # what runs now: by the job's identifier, or a listing's own
         self._changes: list[Change] = []
@@ -1590,6 +1601,7 @@ class Daemon:
     def start(self) -> None:
         """Load the state, end what a former daemon left running, and go to work. Raise StorageError for a bad state."""
         projects, jobs = self._store.load()
+        self._log_bytes.update({identifier: self._store.log_bytes(identifier) for identifier in jobs})
         self._end_leftovers(jobs.values())
         draft = Draft(projects, jobs, self._clock.time())
         for job in jobs.values():
@@ -1750,6 +1762,7 @@ class Daemon:
                 else:
                     self._unindex_locked(key)
                     self._jobs.pop(key, None)
+                    self._log_bytes.pop(key, None)
         for event in draft.events:
             log(event)
         self._unsaved += draft.finished
@@ -1782,6 +1795,8 @@ class Daemon:
             self._job_waits.notify()
         elif job.status in COMPLETED:
             self._completed.setdefault(job.identifier)
+            if self._settings.keep_days < float("inf"):  # it fires nothing, but what is too old goes with every change
+                self._timer.at(job.identifier, job.timestamp + self._settings.keep_days * DAY_SECONDS)
 
     def _unindex_locked(self, identifier: str) -> None:
         if (job := self._jobs.get(identifier)) is not None:
@@ -1999,11 +2014,19 @@ class Daemon:
         }
 
     def _purge(self, draft: Draft) -> None:
-        """Forget the oldest finished jobs beyond the number to be kept, and delete their logs."""
+        """Forget the oldest finished jobs beyond the number, age and size of logs to be kept, and delete their logs.
+
+        The newest one stays, however long its logs are.
+        """
         changed = (record for record in draft.changed.values() if isinstance(record, Job))
-        finished = sum(job.status in COMPLETED and job.identifier not in self._completed for job in changed)
-        surplus = len(self._completed) + finished - self._settings.completed_cap
-        for identifier in itertools.islice(self._completed, max(0, surplus)):
+        kept = [job.identifier for job in changed if job.status in COMPLETED and job.identifier not in self._completed]
+        count, most_bytes = len(self._completed) + len(kept), self._settings.keep_mib * MIB
+        size = sum(self._log_bytes.get(identifier, 0) for identifier in itertools.chain(self._completed, kept))
+        for identifier in self._completed:
+            is_young = self._jobs[identifier].timestamp + self._settings.keep_days * DAY_SECONDS > draft.now
+            if is_young and count <= self._settings.completed_cap and (count == 1 or size <= most_bytes):
+                break
+            count, size = count - 1, size - self._log_bytes.get(identifier, 0)
             draft.changed["jobs", identifier] = None
             draft.afterwards.append(functools.partial(self._store.delete_logs, identifier))
 
@@ -2087,6 +2110,9 @@ class Daemon:
             log_crash(f"the crawl of job {job.identifier}")
             reason = f"the crawl could not be run: {error!r}"
         remove_tree(folder)
+        size = self._store.log_bytes(job.identifier)
+        with self._lock:
+            self._log_bytes[job.identifier] = size
         outcome = {
             "duration": int(self._clock.monotonic() - began), "exit_code": exit_code, "reason": reason,
             "stats": None if exit_code is None else read_stats(self._store.log_file(job.identifier, "err")),
@@ -3388,10 +3414,12 @@ def parse_options(argv: list[str] | None) -> argparse.Namespace:
     add("--data-dir", type=Path, default=Path("scrapy-do-data"), help="where everything is kept (./%(default)s)")
     add("--job-slots", type=whole_number(1, 1000), help="crawls that run at once (%(default)s)")
     add("--completed-cap", type=whole_number(1), help="finished jobs to keep with their logs (%(default)s)")
+    add("--keep-days", type=whole_number(1), metavar="DAYS", help="forget finished jobs that are older, too")
+    add("--keep-mib", type=whole_number(1), metavar="MIB", help="forget the oldest of those with more logs, too")
     add("--scrapy", type=command, metavar="CMD", help="the command that is Scrapy (this Python's '-m scrapy')")
     add("--kill-after", type=seconds, metavar="SECONDS", help="from SIGTERM to SIGKILL (%(default)g)")
     add("--list-timeout", type=seconds, metavar="SECONDS", help="for 'scrapy list' (%(default)g)")
-    add("--on-finish", type=command, metavar="CMD", help="started after each finished job, which it can read")
+    add("--on-finish", type=command, metavar="CMD", help="started after each run, with the job as its input")
     add("--max-upload", type=whole_number(1, 10**6), metavar="MIB", help="largest body (%(default)s)")
     add("--max-connections", type=whole_number(1, 10**5), metavar="COUNT", help="clients at once (%(default)s)")
     add("--request-timeout", type=seconds, metavar="SECONDS", help="for a request to arrive (%(default)g)")

@@ -3024,6 +3024,68 @@ def test_only_the_newest_finished_jobs_are_kept(inside, tmp_path):
     assert site.call("GET", f"/get-log/data/{made[0]}.out")[0] == 404
 
 
+def kept_logs(tmp_path):
+    """Return the jobs that have logs."""
+    return {path.stem for path in (tmp_path / "data/logs").iterdir()}
+
+
+def test_finished_jobs_are_forgotten_by_age_also_when_nothing_happens(inside, tmp_path):
+    clock = FakeClock()
+    site = inside(clock, keep_days=2)
+    site.push(bad="echo x; exit 1")
+    schedule, old = site.schedule(when="every 9 days"), [site.schedule("bad"), site.schedule()]
+    for job in old:
+        site.wait_job(job)
+    clock.advance(DAY)
+    young = site.schedule("bad")
+    site.wait_job(young)
+    clock.advance(DAY - 1)
+    site.schedule(when="every 9 days")
+    assert {job["identifier"] for job in site.jobs("COMPLETED")} == {*old, young}
+    clock.advance(1)
+    wait_for(lambda: kept_logs(tmp_path) == {young})
+    assert [job["identifier"] for job in site.jobs("COMPLETED")] == [young]
+    assert schedule in state(tmp_path)["jobs"].keys() >= {young}
+    clock.advance(DAY)
+    wait_for(lambda: kept_logs(tmp_path) == set())
+    assert (site.jobs("COMPLETED"), len(site.jobs("SCHEDULED"))) == ([], 2)
+
+
+def test_finished_jobs_are_forgotten_by_the_size_of_their_logs_across_a_restart(outside, tmp_path):
+    site = outside("--keep-mib", "1")
+    site.push(half="head -c 300000 /dev/zero; head -c 200000 /dev/zero >&2", big="head -c 2000000 /dev/zero", small="echo x")
+
+    def run(spider):
+        job = site.wait_job(site.schedule(spider))["identifier"]
+        wait_for(lambda: kept_logs(tmp_path) == {job["identifier"] for job in site.jobs("COMPLETED")})
+        return job
+
+    first, second, third = [run(spider) for spider in ("half", "small", "half")]
+    assert kept_logs(tmp_path) == {first, second, third}
+    site.stop()
+    site.start()
+    fourth = run("half")
+    assert kept_logs(tmp_path) == {second, third, fourth}
+    big = run("big")
+    site.schedule(when="every 3 hours")
+    assert kept_logs(tmp_path) == {big}
+    last = run("small")
+    assert kept_logs(tmp_path) == {last}
+
+
+@pytest.mark.parametrize(("option", "left"), [("--completed-cap", 1), ("--keep-days", 1), ("--keep-mib", 2)])
+def test_a_start_forgets_what_is_not_to_be_kept_any_more(outside, tmp_path, option, left):
+    site = outside()
+    site.push(half="head -c 500000 /dev/zero")
+    jobs = [site.wait_job(site.schedule("half"))["identifier"] for _ in range(3)]
+    site.stop()
+    change_state(tmp_path, lambda document: [document["jobs"][job].update(timestamp=1.7e9 + n) for n, job in enumerate(jobs[:2])])
+    site.options = (*site.options, option, "1")
+    site.start()
+    assert [job["identifier"] for job in site.jobs("COMPLETED")] == jobs[: -left - 1 : -1]
+    wait_for(lambda: kept_logs(tmp_path) == set(jobs[-left:]))
+
+
 NOTE = """#!/bin/sh
 # What --on-finish starts: it keeps what it got, and what was on the disk then.
 cp data/state.json notes/state
@@ -6626,6 +6688,8 @@ def test_hostile_bytes_cost_little_time(read):
         (["--port", "99999"], "'99999' is not a whole number from 0 to 65535"),
         (["--port", "x"], "'x' is not a whole number from 0 to 65535"),
         (["--job-slots", "0"], "'0' is not a whole number from 1 to 1000"),
+        (["--keep-days", "0"], "'0' is not a whole number from 1 to"),
+        (["--keep-mib", "1.5"], "'1.5' is not a whole number from 1 to"),
         (["--completed-cap", "-1"], "'-1' is not a whole number from 1 to"),
         (["--kill-after", "nan"], "'nan' is not a number of seconds"),
         (["--list-timeout", "-1"], "'-1' is not a number of seconds"),
@@ -6692,7 +6756,7 @@ def test_events_are_log_lines_that_cannot_be_faked(outside):
 def test_the_file_stays_short_enough_to_be_read():
     """Growing is a decision: whoever raises the number has looked for the simpler shape."""
     source = MODULE.read_text()
-    assert len(source.splitlines()) <= 3547
+    assert len(source.splitlines()) <= 3575
     banners = re.findall(r"^# ---- ([0-9]+)\. ", source, re.MULTILINE)
     assert banners == [str(number) for number in range(1, 10)]
 
