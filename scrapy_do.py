@@ -20,6 +20,7 @@ Threads
     writer     runs the changes, all that have gathered at once, on a draft of the records; writes the draft to the
                disk; then publishes it. What a reader sees is on the disk, or will be as soon as the disk takes it.
     slot-*     each takes the oldest pending job, starts its crawl and blocks until that has ended.
+    on-finish  starts the command of --on-finish for one finished job after the other; there only with that option.
 
 Locks
     Daemon._lock     guards the published records and all that is derived from them; held for memory work only.
@@ -90,6 +91,10 @@ NONCE_SECONDS = 300
 BACKLOG_COUNT = 1024  # connections that the kernel keeps until they are accepted
 BATCH_COUNT = 256  # changes that share one write: bounds how long the records stay locked
 FIRINGS_COUNT = 64  # schedules that fire in one write beside them: more would make requests wait for a burst
+NOTICES_COUNT = 1000  # finished jobs that wait for the command of --on-finish
+NOTICE_SECONDS = 60.0  # that the command may take
+NOTICE_STOP_SECONDS = 3.0  # that all who wait for it have when the daemon stops
+NOTICE_LOOK_SECONDS = 0.2  # between looks at whether it does
 SWITCH_SECONDS = 0.001  # after which a thread that lists many jobs lets others go on; Python's own is 5 ms
 RETRY_SECONDS = 2.0  # between attempts to save what the disk did not take
 CLOCK_CHECK_SECONDS = 60.0  # a wait does not notice that the system clock was set
@@ -444,6 +449,15 @@ def local_time(moment: float) -> str:
     return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(whole)) + f".{micro:06d}"
 
 
+class Stats(NamedTuple):
+    """What Scrapy counted in a crawl."""
+
+    items: int = 0
+    responses: int = 0
+    errors: int = 0  # lines in the log
+    finish_reason: str = ""
+
+
 class Job(NamedTuple):
     """One scheduled, waiting, running or finished job. Times are POSIX seconds."""
 
@@ -465,6 +479,7 @@ class Job(NamedTuple):
     duration: int | None = None
     exit_code: int | None = None
     reason: str | None = None
+    stats: Stats | None = None  # of a run whose log has them
     cancel: bool = False  # of a RUNNING job: it has been told to end
     pid: int | None = None
     pid_created: float | None = None
@@ -479,6 +494,7 @@ class Job(NamedTuple):
             "timestamp": local_time(self.timestamp), "duration": self.duration,
             "next_run": None if self.due is None else local_time(self.due),
             "exit_code": self.exit_code, "reason": self.reason,
+            "stats": None if self.stats is None else self.stats._asdict(),
         }  # fmt: skip
 
     def recurrence(self) -> Recurrence:
@@ -508,6 +524,7 @@ FIELD_TYPES: dict[str, type] = {  # all other fields are str
     "status": Status, "actor": Actor, "timestamp": float, "origin": float, "due": float, "duration": int,
     "exit_code": int, "cancel": bool, "pid": int, "pid_created": float, "spiders": list,
     "arg": list, "setting": list, "timeout": float,
+    "stats": Stats, "items": int, "responses": int, "errors": int,
 }  # fmt: skip
 SHARED_FIELDS = ("schedule", "project", "spider", "description")  # thousands of jobs have the same, and one text for it
 encode_json = json.JSONEncoder(ensure_ascii=False).encode  # json.dumps would make such an encoder for each call
@@ -548,6 +565,8 @@ def encode_line(key: str, record: Record | None) -> bytes:
     if record is not None:
         defaults, unset = record._field_defaults, object()
         fields = {name: value for name, value in record._asdict().items() if value != defaults.get(name, unset)}
+        if isinstance(record, Job) and record.stats is not None:
+            fields["stats"] = record.stats._asdict()
     return f"{encode_json(key)}: {encode_json(fields)}".encode("utf-8", "backslashreplace")
 
 
@@ -578,6 +597,8 @@ def _decode_field(name: str, value: Any) -> Any:
     wanted: Any = FIELD_TYPES.get(name, str)
     if wanted is Status or wanted is Actor:
         return wanted(value)
+    if wanted is Stats:
+        return decode_record(Stats, value)
     if wanted is float and type(value) is int:
         value = float(value)
     if type(value) is not wanted or (wanted is float and not 0 <= value <= LAST_INSTANT):
@@ -647,6 +668,20 @@ def remove_tree(path: Path) -> None:
                 with contextlib.suppress(OSError):
                     os.chmod(os.path.join(root, name), stat.S_IRWXU, follow_symlinks=False)
         shutil.rmtree(path, ignore_errors=True)
+
+
+def open_log(path: Path) -> IO[bytes]:
+    """Open a log; one that has not begun is empty. Raise NotFound for what is no log, like a link."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except FileNotFoundError:
+        return open(os.devnull, "rb")
+    except OSError as error:
+        raise NotFound(f"the log cannot be read: {error.strerror}") from None
+    if stat.S_ISREG(os.fstat(descriptor).st_mode):
+        return open(descriptor, "rb")
+    os.close(descriptor)
+    raise NotFound("there is something else in the place of the log")
 
 
 CHANGES_BEGIN = b',\n"changes": [{}'  # the first one is empty, so that each other begins with a comma
@@ -824,6 +859,14 @@ class Store:
     def log_file(self, identifier: str, stream: str) -> Path:
         """Return the log of a job: `stream` is out or err."""
         return self.logs / f"{identifier}.{stream}"
+
+    def log_bytes(self, identifier: str) -> int:
+        """Return how long the logs of a job are together."""
+        size = 0
+        for stream in ("out", "err"):
+            with contextlib.suppress(OSError):
+                size += self.log_file(identifier, stream).lstat().st_size
+        return size
 
     def delete_logs(self, identifier: str) -> None:
         """Delete the logs of a job, if there are any."""
@@ -1182,6 +1225,31 @@ def end_processes(find: Callable[[], set[psutil.Process]]) -> None:
     log(f"some processes cannot be killed: {', '.join(str(process.pid) for process in found)}")
 
 
+PRINTED = rb"""(?:'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*"|[^'"{}])"""  # a string, or a character that is no brace
+STATS_DUMP = re.compile(rb"(?s).*Dumping Scrapy stats:[^{]{0,9}(\{(?:%b|\{%b*\})*\}?)" % (PRINTED, PRINTED))  # the last
+STATS_COUNT = re.compile(rb"'([\w/]+)': ([0-9]{1,15})[,}\s]")  # one without an end may be cut off
+STATS_REASON = re.compile(rb"'finish_reason': (['\"])(.{0,200}?)\1")
+
+
+def read_stats(path: Path) -> Stats | None:
+    """Return what Scrapy says near the end of a log that it has counted; None when it does not.
+
+    A spider may write there what it likes, so all that is not understood is passed over.
+    """
+    try:
+        with open_log(path) as file:
+            file.seek(max(0, os.fstat(file.fileno()).st_size - CHUNK_BYTES))
+            dump = STATS_DUMP.match(file.read(CHUNK_BYTES))
+    except (ScrapyDoError, OSError):
+        return None
+    if dump is None:
+        return None
+    counts, reason = dict(STATS_COUNT.findall(dump[1])), STATS_REASON.search(dump[1])
+    names = (b"item_scraped_count", b"response_received_count", b"log_count/ERROR")
+    items, responses, errors = (int(counts.get(name, 0)) for name in names)
+    return Stats(items, responses, errors, reason[2].decode("utf-8", "replace") if reason else "")
+
+
 def read_spiders(output: str, mark: str) -> list[str]:
     """Return the sorted spiders that `scrapy list` printed, without what the project printed beside them.
 
@@ -1348,6 +1416,7 @@ class Draft:
         self.changed: dict[tuple[str, str], Record | None] = {}
         self.events: list[str] = []  # log lines
         self.skipped = 0  # runs that were not made
+        self.finished: list[Job] = []  # runs that have got their last status
         self.afterwards: list[Callable[[], None]] = []  # what follows on the disk, in order; may be done again
 
     def find_project(self, name: str) -> Project:
@@ -1389,8 +1458,11 @@ class Draft:
         """Change the status of a job, the only place where that happens, and return the job as it is then."""
         if status not in TRANSITIONS.get(job.status, ()):
             raise Conflict(f"job {job.identifier} is {job.status.value} and cannot become {status.value}")
+        is_run = job.status is not Status.SCHEDULED
         job = job._replace(status=status, timestamp=self.now, due=None, cancel=False, pid=None, pid_created=None)
         job = job._replace(**fields)
+        if is_run and status in COMPLETED:
+            self.finished.append(job)
         self.put(job, f"job {job.identifier} is {status.value}{event}: {job.project} {job.spider}")
         return job
 
@@ -1429,6 +1501,72 @@ class Settings(NamedTuple):
     kill_after: float = 10.0
     list_timeout: float = 60.0
     job_timeout: float = 0.0  # of jobs that have none of their own; 0 lets them run on
+    on_finish: tuple[str, ...] = ()  # none
+    keep_days: float = float("inf")
+    keep_mib: float = float("inf")
+
+
+class Notifier:
+    """Start a command after each finished job, one at a time; what goes wrong with it is only logged."""
+
+    def __init__(self, command: tuple[str, ...]):
+        self._command = [word.encode() for word in command]
+        self._waiting: queue.Queue[Job | None] = queue.Queue()  # None ends the thread
+        self._end = float("inf")  # when no command may run any more, as time.monotonic has it
+        self._thread = threading.Thread(target=self._run, name="on-finish", daemon=True)
+
+    def start(self) -> None:
+        """Start the thread, if there is a command."""
+        if self._command:
+            self._thread.start()
+
+    def put(self, job: Job) -> None:
+        """Have the command started for a job, unless too many wait for it. Only the writer calls this."""
+        if self._command and self._waiting.qsize() < NOTICES_COUNT:
+            self._waiting.put(job)
+        elif self._command:
+            log(f"--on-finish failed for job {job.identifier}: {NOTICES_COUNT} others are waiting")
+
+    def close(self) -> None:
+        """Give those who wait a few seconds, and end the thread."""
+        self._end = time.monotonic() + NOTICE_STOP_SECONDS
+        self._waiting.put(None)
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def _run(self) -> None:
+        while (job := self._waiting.get()) is not None:
+            try:
+                self._notify(job)
+            except Exception as error:  # mostly an OSError: there is no such command, or no space for its input
+                log(f"--on-finish failed for job {job.identifier}: {error}")
+
+    def _notify(self, job: Job) -> None:
+        """Run the command for a job. Raise what is wrong with it.
+
+        Its input is a file, since nobody may read a pipe. It has no SCRAPY_JOB, which would make it part of the crawl.
+        """
+        import tempfile
+
+        end = min(self._end, time.monotonic() + NOTICE_SECONDS)
+        if time.monotonic() >= end:
+            raise Unavailable("the daemon is stopping")
+        environment = {**os.environ, "SCRAPY_DO_JOB": job.identifier, "SCRAPY_DO_STATUS": job.status.value}
+        with tempfile.TemporaryFile() as file:
+            file.write((job_text(job) + "\n").encode("utf-8", "backslashreplace"))
+            file.seek(0)
+            process = subprocess.Popen(
+                self._command, env=environment, stdin=file, stdout=subprocess.DEVNULL, start_new_session=True
+            )
+        while process.poll() is None and time.monotonic() < min(end, self._end):
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(NOTICE_LOOK_SECONDS)
+        if process.returncode is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            raise ScrapyDoError("it took too long and was killed")
+        if process.returncode:
+            raise ScrapyDoError(f"exit code {process.returncode}")
 
 
 class Daemon:
@@ -1443,6 +1581,8 @@ class Daemon:
         self._clock = clock or Clock()
         self._timer = Timer(self._on_due, self._on_deadline, self._on_clock_set_back, self._clock)
         self._began = self._clock.monotonic()
+        self._notifier = Notifier(settings.on_finish)
+        self._unsaved: list[Job] = []  # of the writer: finished jobs whose last status is not on the disk yet
         self._writer = threading.Thread(target=self._write_changes, name="writer", daemon=True)
         numbers = range(1, settings.job_slots + 1)
         self._slots = [threading.Thread(target=self._run_slot, name=f"slot-{n}", daemon=True) for n in numbers]
@@ -1456,6 +1596,7 @@ class Daemon:
         self._records: Sections = {"projects": self._projects, "jobs": self._jobs}  # as the store wants them
         self._by_status: dict[Status, dict[str, None]] = {status: {} for status in Status}
         self._completed: dict[str, None] = {}  # the oldest first
+        self._log_bytes: dict[str, int] = {}  # of jobs that have logs: as they were at the start or after their crawl
         self._counts = dict.fromkeys(("jobs-run", "jobs-successful", "jobs-failed", "jobs-canceled", "runs-skipped"), 0)
         self._crawls: dict[str, Crawl] = {}  # what runs now: by the job's identifier, or a listing's own
         self._changes: list[Change] = []
@@ -1468,6 +1609,8 @@ class Daemon:
     def start(self) -> None:
         """Load the state, end what a former daemon left running, and go to work. Raise StorageError for a bad state."""
         projects, jobs = self._store.load()
+        finished = [identifier for identifier, job in jobs.items() if job.status in COMPLETED]
+        self._log_bytes.update({identifier: self._store.log_bytes(identifier) for identifier in finished})
         self._end_leftovers(jobs.values())
         draft = Draft(projects, jobs, self._clock.time())
         for job in jobs.values():
@@ -1479,10 +1622,12 @@ class Daemon:
             for job in sorted(jobs.values(), key=lambda job: job.status in COMPLETED and job.timestamp):
                 self._index_locked(job)
         self._writer.start()
+        self._notifier.start()
 
         def adopt(published: Draft) -> None:
             published.changed.update(draft.changed)
             published.events += draft.events
+            published.finished += draft.finished
 
         self._commit(adopt, is_fact=True)
         self._timer.start()
@@ -1542,6 +1687,7 @@ class Daemon:
         if self._writer.is_alive():
             self._writer.join()
             self._store.tidy(self._records)
+        self._notifier.close()
 
     # Changes: one writer for all, see the head of the file
 
@@ -1625,8 +1771,12 @@ class Daemon:
                 else:
                     self._unindex_locked(key)
                     self._jobs.pop(key, None)
+                    self._log_bytes.pop(key, None)
         for event in draft.events:
             log(event)
+        self._unsaved += draft.finished
+        while self._unsaved and not self._store.is_behind:
+            self._notifier.put(self._unsaved.pop(0))
         for action in draft.afterwards:
             try:
                 action()
@@ -1654,6 +1804,8 @@ class Daemon:
             self._job_waits.notify()
         elif job.status in COMPLETED:
             self._completed.setdefault(job.identifier)
+            if self._settings.keep_days < float("inf"):  # it fires nothing, but what is too old goes with every change
+                self._timer.at(job.identifier, job.timestamp + self._settings.keep_days * DAY_SECONDS)
 
     def _unindex_locked(self, identifier: str) -> None:
         if (job := self._jobs.get(identifier)) is not None:
@@ -1881,11 +2033,20 @@ class Daemon:
         }
 
     def _purge(self, draft: Draft) -> None:
-        """Forget the oldest finished jobs beyond the number to be kept, and delete their logs."""
+        """Forget the oldest finished jobs beyond the number, age and size of logs to be kept, and delete their logs.
+
+        The newest one stays, however long its logs are.
+        """
         changed = (record for record in draft.changed.values() if isinstance(record, Job))
-        finished = sum(job.status in COMPLETED and job.identifier not in self._completed for job in changed)
-        surplus = len(self._completed) + finished - self._settings.completed_cap
-        for identifier in itertools.islice(self._completed, max(0, surplus)):
+        kept = [job.identifier for job in changed if job.status in COMPLETED and job.identifier not in self._completed]
+        count, most_bytes = len(self._completed) + len(kept), self._settings.keep_mib * MIB
+        known = itertools.chain(self._completed, kept) if most_bytes < float("inf") else ()
+        size = sum(self._log_bytes.get(identifier, 0) for identifier in known)
+        for identifier in self._completed:
+            is_young = self._jobs[identifier].timestamp + self._settings.keep_days * DAY_SECONDS > draft.now
+            if is_young and count <= self._settings.completed_cap and (count == 1 or size <= most_bytes):
+                break
+            count, size = count - 1, size - self._log_bytes.get(identifier, 0)
             draft.changed["jobs", identifier] = None
             draft.afterwards.append(functools.partial(self._store.delete_logs, identifier))
 
@@ -1974,7 +2135,13 @@ class Daemon:
             log_crash(f"the crawl of job {job.identifier}")
             reason = f"the crawl could not be run: {error!r}"
         remove_tree(folder)
-        outcome = {"duration": int(self._clock.monotonic() - began), "exit_code": exit_code, "reason": reason}
+        size = self._store.log_bytes(job.identifier)
+        with self._lock:
+            self._log_bytes[job.identifier] = size
+        outcome = {
+            "duration": int(self._clock.monotonic() - began), "exit_code": exit_code, "reason": reason,
+            "stats": None if exit_code is None else read_stats(self._store.log_file(job.identifier, "err")),
+        }  # fmt: skip
         is_interrupted = crawl is not None and crawl.ended_for == "stop"
         self._commit(lambda draft: self._finish(draft, job.identifier, is_interrupted, outcome), is_fact=True)
 
@@ -3036,20 +3203,6 @@ def whole_number_of(form: Mapping[str, str], name: str, most: int, least: int = 
     return int(text)
 
 
-def open_log(path: Path) -> IO[bytes]:
-    """Open a log; one that has not begun is empty. Raise NotFound for what is no log, like a link."""
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-    except FileNotFoundError:
-        return open(os.devnull, "rb")
-    except OSError as error:
-        raise NotFound(f"the log cannot be read: {error.strerror}") from None
-    if stat.S_ISREG(os.fstat(descriptor).st_mode):
-        return open(descriptor, "rb")
-    os.close(descriptor)
-    raise NotFound("there is something else in the place of the log")
-
-
 def tail_start(file: IO[bytes], size: int, lines: int | None) -> int:
     """Return where the last lines of a file begin, the last of which may lack its end; None stands for all."""
     if not lines:
@@ -3315,8 +3468,8 @@ def seconds(text: str) -> float:
     return value
 
 
-def scrapy_command(text: str) -> tuple[str, ...]:
-    """Check the command that is Scrapy; a path is taken from where the daemon is started."""
+def command(text: str) -> tuple[str, ...]:
+    """Split an option that is a command as a shell does; a path is taken from where the daemon is started."""
     import shlex
 
     try:
@@ -3340,10 +3493,13 @@ def parse_options(argv: list[str] | None) -> argparse.Namespace:
     add("--data-dir", type=Path, default=Path("scrapy-do-data"), help="where everything is kept (./%(default)s)")
     add("--job-slots", type=whole_number(1, 1000), help="crawls that run at once (%(default)s)")
     add("--completed-cap", type=whole_number(1), help="finished jobs to keep with their logs (%(default)s)")
-    add("--scrapy", type=scrapy_command, metavar="CMD", help="the command that is Scrapy (this Python's '-m scrapy')")
+    add("--keep-days", type=whole_number(1), metavar="DAYS", help="forget finished jobs that are older, too")
+    add("--keep-mib", type=whole_number(1), metavar="MIB", help="forget the oldest of those with more logs, too")
+    add("--scrapy", type=command, metavar="CMD", help="the command that is Scrapy (this Python's '-m scrapy')")
     add("--kill-after", type=seconds, metavar="SECONDS", help="from SIGTERM to SIGKILL (%(default)g)")
     add("--job-timeout", type=seconds, metavar="SECONDS", help="for crawls whose job has no timeout (0: no limit)")
     add("--list-timeout", type=seconds, metavar="SECONDS", help="for 'scrapy list' (%(default)g)")
+    add("--on-finish", type=command, metavar="CMD", help="started after each run, with the job as its input")
     add("--max-upload", type=whole_number(1, 10**6), metavar="MIB", help="largest body (%(default)s)")
     add("--max-connections", type=whole_number(1, 10**5), metavar="COUNT", help="clients at once (%(default)s)")
     add("--request-timeout", type=seconds, metavar="SECONDS", help="for a request to arrive (%(default)g)")

@@ -1404,6 +1404,8 @@ BAD_RECORDS = {
     "bad-time": (lambda job: {**job, "timestamp": float("nan")}, "the field 'timestamp' cannot be nan"),
     "bad-due": (lambda job: {**job, "due": "soon"}, "the field 'due' cannot be 'soon'"),
     "far-due": (lambda job: {**job, "due": 1e30}, "the field 'due' cannot be 1e+30"),
+    "bad-stats": (lambda job: {**job, "stats": [1]}, "[1] is not an object"),
+    "bad-count": (lambda job: {**job, "stats": {"items": "1"}}, "the field 'items' cannot be '1'"),
     "unknown-field": (lambda job: {**job, "colour": "red"}, "there is no field 'colour'"),
     "other-name": (lambda job: {**job, "identifier": "y"}, "'y' is not its identifier"),
 }
@@ -2692,7 +2694,7 @@ def test_a_job_has_the_keys_of_the_contract(site):
         "identifier": "", "status": "SCHEDULED", "actor": "USER", "schedule": "Every  3 hours", "project": "shop",
         "spider": "quick", "description": "Opis żółty", "payload": "{}", "args": [], "settings": [], "timeout": None,
         "timestamp": "", "duration": None,
-        "next_run": "", "exit_code": None, "reason": None,
+        "next_run": "", "exit_code": None, "reason": None, "stats": None,
     }  # fmt: skip
     done = site.wait_job(site.schedule(payload='{"a": "漢字"}'))
     assert {key: done[key] for key in ("schedule", "payload", "duration", "next_run", "exit_code", "reason")} == {
@@ -2807,6 +2809,70 @@ def test_no_more_crawls_run_than_there_are_slots(inside, tmp_path):
     assert len(site.daemon._crawls) <= 2
     release(tmp_path)
     assert {site.wait_job(job)["status"] for job in jobs} == {"SUCCESSFUL"}
+
+
+DUMPED = """2026-11-24 05:29:30 [scrapy.statscollectors] INFO: Dumping Scrapy stats:
+{'downloader/response_bytes': 77,
+ 'elapsed': {'a}': "it's"},
+ 'finish_reason': 'finished',
+ 'finish_time': datetime.datetime(2026, 11, 24, 5, 29, 30, tzinfo=datetime.timezone.utc),
+ 'item_scraped_count': 50,
+ 'log_count/ERROR': 2,
+ 'memusage/max': 66220032,
+ 'response_received_count': 6,
+ 'why}': 'it is }'}
+2026-11-24 05:29:30 [scrapy.core.engine] INFO: Spider closed (finished)
+"""
+STATS_LOGS = {  # a log, and what it says: items, responses, errors, finish_reason
+    "whole": (DUMPED, (50, 6, 2, "finished")),
+    "nothing": ("", None),
+    "no-dump": (DUMPED.replace("Dumping", "Pumping"), None),
+    "no-dictionary": ("Dumping Scrapy stats:\nnothing today {'item_scraped_count': 1}", None),
+    "empty": ("Dumping Scrapy stats:\n{}\n {'item_scraped_count': 1}", (0, 0, 0, "")),
+    "on-one-line": ("Dumping Scrapy stats:\n{'finish_reason': 'x', 'item_scraped_count': 1}", (1, 0, 0, "x")),
+    "counts-after-it": (DUMPED.replace(" 'item_scraped_count': 50,\n", "") + " 'item_scraped_count': 1,\n", (0, 6, 2, "finished")),
+    "other-keys": (DUMPED.replace("'item_", "'my/item_").replace("received_count'", "received_count/200'"), (0, 0, 2, "finished")),
+    "numbers-of-other-kinds": (DUMPED.replace("50", "'50'").replace(": 6,", ": 6.5,").replace(": 2,", f": {'9' * 5000},"), (0, 0, 0, "finished")),
+    "quotes": (DUMPED.replace("'finished'", '''"it's {enough}"'''), (50, 6, 2, "it's {enough}")),
+    "other-format": (DUMPED.replace("\n2026", " [scrapy.statscollectors] {INFO}\n2026").replace("2026-11-24 05:29:30 [", "["), (50, 6, 2, "finished")),
+    "json-format": (json.dumps({"message": DUMPED, "level": "INFO"}), (50, 6, 2, "finished")),
+    "windows-lines": (DUMPED.replace("\n", "\r\n"), (50, 6, 2, "finished")),
+    "two": (DUMPED.replace("50", "7") + DUMPED, (50, 6, 2, "finished")),
+    "second-cut-off-before-its-dictionary": (DUMPED + "Dumping Scrapy stats:\n", (50, 6, 2, "finished")),
+    "cut-off-in-a-number": (DUMPED[: DUMPED.index("50") + 1], (0, 0, 0, "finished")),
+    "cut-off-in-a-text": (DUMPED[: DUMPED.index("shed',")], (0, 0, 0, "")),
+    "code": (DUMPED.replace("50", "__import__('os').abort()"), (0, 6, 2, "finished")),
+    "binary": (bytes(range(256)) * 99 + DUMPED.replace("finished'", "fin\udcffished'").encode(errors="surrogateescape") + bytes(range(256)), (50, 6, 2, "fin\ufffdished")),
+    "far-from-the-end": (DUMPED + "x" * 70_000, None),
+    "long": ("x" * 1_000_000 + DUMPED + "y" * 60_000, (50, 6, 2, "finished")),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("log", "stats"), STATS_LOGS.values(), ids=STATS_LOGS)
+def test_stats_are_read_from_the_end_of_the_log(site, log, stats):
+    archive = stub_project(talk="cat stats >&2; exit 3")
+    with zipfile.ZipFile(buffer := io.BytesIO(archive), "a") as bundle:
+        bundle.writestr("stats", log)
+    site.push(buffer.getvalue())
+    job = site.wait_job(site.schedule("talk"))
+    keys = ("items", "responses", "errors", "finish_reason")
+    assert (job["status"], job["stats"]) == ("FAILED", stats and dict(zip(keys, stats, strict=True)))
+
+
+def test_a_log_that_is_not_there_any_more_has_no_stats(site):
+    site.push(link='cd "$SPIDER_DATA_DIR/../logs"; echo "Dumping Scrapy stats: {}" > x; ln -sf x $SCRAPY_JOB.err',
+              pipe='cd "$SPIDER_DATA_DIR/../logs"; rm $SCRAPY_JOB.err; mkfifo $SCRAPY_JOB.err')  # fmt: skip
+    for spider in ("link", "pipe"):
+        job = site.wait_job(site.schedule(spider))
+        assert (job["status"], job["stats"]) == ("SUCCESSFUL", None)
+
+
+@pytest.mark.parametrize("hostile", ["Dumping Scrapy stats:{'", "Dumping Scrapy stats:{", "{'a", "'\\", "\\"])
+def test_stats_of_hostile_logs_cost_little_time(tmp_path, hostile):
+    (tmp_path / "log").write_text("Dumping Scrapy stats:{" + hostile * (65_000 // len(hostile)))
+    began = time.process_time()
+    scrapy_do.read_stats(tmp_path / "log")
+    assert time.process_time() - began < 0.2
 
 
 @pytest.mark.parametrize(
@@ -3093,6 +3159,204 @@ def test_only_the_newest_finished_jobs_are_kept(inside, tmp_path):
     assert logs == sorted(f"{job}.{stream}" for job in made[3:] for stream in ("out", "err"))
     assert list(state(tmp_path)["jobs"]) == made[3:]
     assert site.call("GET", f"/get-log/data/{made[0]}.out")[0] == 404
+
+
+def kept_logs(tmp_path):
+    """Return the jobs that have logs."""
+    return {path.stem for path in (tmp_path / "data/logs").iterdir()}
+
+
+def test_finished_jobs_are_forgotten_by_age_also_when_nothing_happens(inside, tmp_path):
+    clock = FakeClock()
+    site = inside(clock, keep_days=2)
+    site.push(bad="echo x; exit 1")
+    schedule, old = site.schedule(when="every 9 days"), [site.schedule("bad"), site.schedule()]
+    for job in old:
+        site.wait_job(job)
+    clock.advance(DAY)
+    young = site.schedule("bad")
+    site.wait_job(young)
+    clock.advance(DAY - 1)
+    site.schedule(when="every 9 days")
+    assert {job["identifier"] for job in site.jobs("COMPLETED")} == {*old, young}
+    clock.advance(1)
+    wait_for(lambda: kept_logs(tmp_path) == {young})
+    assert [job["identifier"] for job in site.jobs("COMPLETED")] == [young]
+    assert schedule in state(tmp_path)["jobs"].keys() >= {young}
+    clock.advance(DAY)
+    wait_for(lambda: kept_logs(tmp_path) == set())
+    assert (site.jobs("COMPLETED"), len(site.jobs("SCHEDULED"))) == ([], 2)
+
+
+def test_finished_jobs_are_forgotten_by_the_size_of_their_logs_across_a_restart(outside, tmp_path):
+    site = outside("--keep-mib", "1")
+    site.push(half="head -c 300000 /dev/zero; head -c 200000 /dev/zero >&2", big="head -c 2000000 /dev/zero", small="echo x")
+
+    def run(spider):
+        job = site.wait_job(site.schedule(spider))["identifier"]
+        wait_for(lambda: kept_logs(tmp_path) == {job["identifier"] for job in site.jobs("COMPLETED")})
+        return job
+
+    first, second, third = [run(spider) for spider in ("half", "small", "half")]
+    assert kept_logs(tmp_path) == {first, second, third}
+    site.stop()
+    site.start()
+    fourth = run("half")
+    assert kept_logs(tmp_path) == {second, third, fourth}
+    big = run("big")
+    site.schedule(when="every 3 hours")
+    assert kept_logs(tmp_path) == {big}
+    last = run("small")
+    assert kept_logs(tmp_path) == {last}
+
+
+@pytest.mark.parametrize(("option", "left"), [("--completed-cap", 1), ("--keep-days", 1), ("--keep-mib", 2)])
+def test_a_start_forgets_what_is_not_to_be_kept_any_more(outside, tmp_path, option, left):
+    site = outside()
+    site.push(half="head -c 500000 /dev/zero")
+    jobs = [site.wait_job(site.schedule("half"))["identifier"] for _ in range(3)]
+    site.stop()
+    change_state(tmp_path, lambda document: [document["jobs"][job].update(timestamp=1.7e9 + n) for n, job in enumerate(jobs[:2])])
+    site.options = (*site.options, option, "1")
+    site.start()
+    assert [job["identifier"] for job in site.jobs("COMPLETED")] == jobs[: -left - 1 : -1]
+    wait_for(lambda: kept_logs(tmp_path) == set(jobs[-left:]))
+
+
+NOTE = """#!/bin/sh
+# What --on-finish starts: it keeps what it got, and what was on the disk then.
+cp data/state.json notes/state
+cat > notes/input
+echo "$SCRAPY_DO_JOB $SCRAPY_DO_STATUS $SCRAPY_JOB $*" > notes/words
+mv notes "$SCRAPY_DO_JOB"
+mkdir notes
+"""
+
+
+@pytest.fixture
+def notes(tmp_path):
+    """Return a function that gives what the command of --on-finish got for a job."""
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "note").write_text(NOTE)
+    (tmp_path / "note").chmod(0o755)
+
+    def read(job):
+        wait_for(lambda: (tmp_path / job).exists())
+        return {path.name: path.read_text() for path in (tmp_path / job).iterdir()}
+
+    return read
+
+
+def test_on_finish_is_started_for_each_run_that_has_ended(outside, tmp_path, notes):
+    site = outside("--on-finish", f"{tmp_path}/note 'a b' '*'", "--job-slots", "1", "--kill-after", "1")
+    site.push(bad="exit 3", stubborn=STUBBORN, talk="echo \"Dumping Scrapy stats: {'item_scraped_count': 2}\" >&2")
+    made = {"talk": "SUCCESSFUL", "bad": "FAILED", "stubborn": "CANCELED", "quick": "CANCELED"}
+    ids = {spider: site.schedule(spider, payload='{"a": "漢字"}') for spider in made}
+    site.wait_job(ids["stubborn"], "RUNNING")
+    schedule = site.schedule(when="every 3 hours")
+    for job in (schedule, ids["quick"], ids["stubborn"]):
+        site.post("cancel-job", id=job)
+    for spider, status in made.items():
+        job, got = ids[spider], notes(ids[spider])
+        assert got["words"] == f"{job} {status}  a b *\n"
+        assert json.loads(got["input"]) == site.job(job)
+        assert re.findall(rf'"{job}".*"status": "([A-Z]+)"', got["state"])[-1] == status
+    assert site.job(ids["talk"])["stats"]["items"] == 2
+    assert not (tmp_path / schedule).exists()
+    site.schedule(when="every second")
+    run = wait_for(lambda: [job["identifier"] for job in site.jobs("SUCCESSFUL") if job["actor"] == "SCHEDULER"])[0]
+    assert json.loads(notes(run)["input"])["actor"] == "SCHEDULER"
+    assert "on-finish" not in site.log_path.read_text()
+
+
+def test_on_finish_knows_an_end_that_a_crash_has_delayed_but_no_run_that_begins_again(outside, tmp_path, notes):
+    site = outside("--on-finish", f"{tmp_path}/note")
+    site.push(hold=HOLD)
+    again, over = site.schedule("hold"), site.schedule("hold")
+    wait_for(lambda: "started" in site.log(over, "out") and "started" in site.log(again, "out"))
+    site.stop()
+    assert not (tmp_path / again).exists()
+    change_state(tmp_path, lambda document: document["jobs"][over].update(status="RUNNING", cancel=True))
+    site.start()
+    assert notes(over)["words"] == f"{over} CANCELED  \n"
+    release(tmp_path)
+    assert notes(again)["words"] == f"{again} SUCCESSFUL  \n"
+
+
+@pytest.mark.parametrize(
+    ("command", "fault"),
+    [
+        ("nothing-here", "[Errno 2] No such file or directory: b'nothing-here'"),
+        ("sh -c 'exit 3'", "exit code 3"),
+        ("sh -c 'kill -9 $$'", "exit code -9"),
+        ("sh -c 'sleep 600 & echo $! > child; wait'", "it took too long and was killed"),
+    ],
+    ids=["missing", "exit", "signal", "slow"],
+)
+def test_on_finish_that_fails_is_only_logged(inside, tmp_path, monkeypatch, capsys, command, fault):
+    monkeypatch.setattr(scrapy_do, "NOTICE_SECONDS", 0.5)
+    monkeypatch.chdir(tmp_path)
+    site = inside(on_finish=scrapy_do.command(command))
+    site.push()
+    job = site.wait_job(site.schedule(payload=json.dumps({"long": "x" * 100_000})))
+    said = ""
+    while f"--on-finish failed for job {job['identifier']}: {fault}\n" not in said:
+        said += wait_for(lambda: capsys.readouterr().err)
+    assert site.job(job["identifier"]) == job
+    assert not (tmp_path / "child").exists() or not alive(tmp_path / "child")
+
+
+def test_on_finish_holds_no_crawl_up_and_waits_for_so_many_at_most(inside, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(scrapy_do, "NOTICES_COUNT", 2)
+    monkeypatch.chdir(tmp_path)
+    site = inside(on_finish=scrapy_do.command("sh -c 'echo $SCRAPY_DO_JOB >> started; while [ ! -e go ]; do sleep 0.02; done'"))
+    site.push()
+    jobs = [site.schedule()]
+    wait_for((tmp_path / "started").exists)
+    for _ in range(4):
+        jobs.append(site.schedule())
+        site.wait_job(jobs[-1])
+    (tmp_path / "go").touch()
+    wait_for(lambda: (tmp_path / "started").read_text().split() == jobs[:3])
+    said = capsys.readouterr().err
+    assert [f"failed for job {job}: 2 others are waiting\n" in said for job in jobs] == [False] * 3 + [True] * 2
+
+
+def test_a_stop_waits_a_little_for_on_finish(inside, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(scrapy_do, "NOTICE_STOP_SECONDS", 1.0)
+    monkeypatch.chdir(tmp_path)
+    site = inside(on_finish=scrapy_do.command("sh -c 'echo $$ > started; [ -e go ] && sleep 600 || sleep 0.2; touch go done'"))
+    site.push()
+    jobs = [site.schedule() for _ in range(3)]
+    wait_for((tmp_path / "started").exists)
+    for job in jobs:
+        site.wait_job(job)
+    began = time.monotonic()
+    site.daemon.close()
+    assert 0.8 < time.monotonic() - began < 3
+    assert (tmp_path / "done").exists()
+    assert not alive(tmp_path / "started")
+    said = capsys.readouterr().err
+    assert (said.count("it took too long and was killed"), said.count("the daemon is stopping")) == (1, 1)
+
+
+def test_on_finish_waits_until_the_disk_has_the_end(inside, tmp_path, monkeypatch, notes):
+    monkeypatch.setattr(scrapy_do, "RETRY_SECONDS", 0.1)
+    monkeypatch.chdir(tmp_path)
+    site = inside(on_finish=(str(tmp_path / "note"),))
+    site.push(hold=HOLD)
+    job = site.schedule("hold")
+    wait_for(lambda: "started" in site.log(job, "out"))
+    wait_for(lambda: "pid" in state(tmp_path)["jobs"][job])
+    with monkeypatch.context() as patch:
+        faults = Faults(patch)
+        faults.error, faults.step = errno.ENOSPC, "write"
+        release(tmp_path)
+        site.wait_job(job)
+        wait_for(lambda: faults.count < -4)
+        assert not (tmp_path / job).exists()
+        faults.step = ""
+        assert '"SUCCESSFUL"' in notes(job)["state"]
 
 
 def test_a_schedule_never_has_two_pending_runs(inside, tmp_path):
@@ -4543,7 +4807,7 @@ NOBODY = "01234567-89ab-cdef-0123-456789abcdef"
 URLENCODED, MULTIPART, JSON = "application/x-www-form-urlencoded", "multipart/form-data; boundary=xYz", "application/json"
 JOB_KEYS = {
     "identifier", "status", "actor", "schedule", "project", "spider", "description", "payload", "args", "settings",
-    "timeout", "timestamp", "duration", "next_run", "exit_code", "reason",
+    "timeout", "timestamp", "duration", "next_run", "exit_code", "reason", "stats",
 }  # fmt: skip
 GET_ROUTES = {
     "/status.json": {
@@ -6599,12 +6863,15 @@ def test_hostile_bytes_cost_little_time(read):
         (["--port", "99999"], "'99999' is not a whole number from 0 to 65535"),
         (["--port", "x"], "'x' is not a whole number from 0 to 65535"),
         (["--job-slots", "0"], "'0' is not a whole number from 1 to 1000"),
+        (["--keep-days", "0"], "'0' is not a whole number from 1 to"),
+        (["--keep-mib", "1.5"], "'1.5' is not a whole number from 1 to"),
         (["--completed-cap", "-1"], "'-1' is not a whole number from 1 to"),
         (["--kill-after", "nan"], "'nan' is not a number of seconds"),
         (["--job-timeout", "x"], "'x' is not a number of seconds"),
         (["--list-timeout", "-1"], "'-1' is not a number of seconds"),
         (["--scrapy", ""], "the command is empty"),
         (["--scrapy", "'"], "is not a command"),
+        (["--on-finish", " "], "the command is empty"),
         (["--max-upload", "0"], "'0' is not a whole number from 1"),
         (["--colour"], "unrecognized arguments: --colour"),
         (["--po", "1"], "unrecognized arguments: --po 1"),
@@ -6687,7 +6954,7 @@ def test_a_service_manager_is_told_of_the_start_and_the_stop(outside, tmp_path, 
 def test_the_file_stays_short_enough_to_be_read():
     """Growing is a decision: whoever raises the number has looked for the simpler shape."""
     source = MODULE.read_text()
-    assert len(source.splitlines()) <= 3688
+    assert len(source.splitlines()) <= 3844
     banners = re.findall(r"^# ---- ([0-9]+)\. ", source, re.MULTILINE)
     assert banners == [str(number) for number in range(1, 11)]
 
@@ -6881,6 +7148,10 @@ def test_a_real_crawl_runs_to_its_end_in_any_language(real, website, tmp_path):
     assert (done["status"], done["reason"], done["payload"]) == ("SUCCESSFUL", None, payload), log
     assert log.count("Zażółć gęślą jaźń: 漢字") == 3
     assert "'item_scraped_count': 3" in log
+    assert done["stats"] == {"items": 3, "responses": 4, "errors": 0, "finish_reason": "finished"}  # and robots.txt
+    real.stop()
+    real.start()
+    assert real.job(job) == done
     assert "Strona 3 – 頁" in log
     items = [json.loads(line) for line in (tmp_path / "data/spider-data/pages.jsonl").read_text().splitlines()]
     assert [item["title"] for item in items] == [f"Strona {number} – 頁" for number in (1, 2, 3)]
@@ -6902,7 +7173,9 @@ def test_a_real_crawl_that_is_canceled_flushes_its_feed(real, website, tmp_path)
     job = real.schedule("slow", project="real", payload=json.dumps({"site": website}))
     wait_for(lambda: "/slow/" in real.log(job))
     real.post("cancel-job", id=job)
-    assert real.job(job)["status"] == "CANCELED"
+    canceled = real.job(job)
+    assert (canceled["status"], canceled["stats"]["finish_reason"]) == ("CANCELED", "shutdown")
+    assert canceled["stats"]["items"] > 0
     log = real.log(job)
     assert "Received SIGTERM" in log
     assert "'finish_reason': 'shutdown'" in log
