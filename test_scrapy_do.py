@@ -4030,7 +4030,8 @@ class Interleavings(hypothesis.stateful.RuleBasedStateMachine):
             os.utime(self.folder / "state.json", (moment := next(self.numbers), moment))  # as if somebody had been at it
             under_way = self.daemon._submit(lambda draft: None, True, self.daemon._changes)
             wait_for(lambda: under_way.done.is_set() or self.faults.parked.is_set())
-            return self.faults.parked.is_set() or os.stat(self.folder / "state.json").st_mtime_ns != self.store._left[3]
+            found = os.stat(self.folder / "state.json").st_mtime_ns
+            return self.faults.parked.is_set() or (found,) != self.store._left[3:]
 
         if step in ("rename", "folder-fsync"):
             wait_for(is_certain)
