@@ -4031,7 +4031,7 @@ class Interleavings(hypothesis.stateful.RuleBasedStateMachine):
             under_way = self.daemon._submit(lambda draft: None, True, self.daemon._changes)
             wait_for(lambda: under_way.done.is_set() or self.faults.parked.is_set())
             found = os.stat(self.folder / "state.json").st_mtime_ns
-            return self.faults.parked.is_set() or (found,) != self.store._left[3:]
+            return self.faults.parked.is_set() or self.store.is_behind or (found,) != self.store._left[3:]
 
         if step in ("rename", "folder-fsync"):
             wait_for(is_certain)
