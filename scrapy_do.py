@@ -3802,7 +3802,8 @@ function projectRow(list) {
     make("td", {textContent: list.spiders.join(", ")}), make("td", {}, button("remove", remove)));
 }
 
-const lists = ["list-jobs.json?status=ACTIVE&limit=200", "list-jobs.json?status=COMPLETED&limit=100", "list-projects.json"];
+const lists = ["list-jobs.json?status=ACTIVE&limit=200", "list-jobs.json?status=COMPLETED&limit=100",
+  "list-projects.json"];
 let spiders = {}, shown = "";
 async function refresh() {
   try {
