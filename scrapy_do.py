@@ -85,7 +85,7 @@ DRAIN_SECONDS = 2.0  # for the last answers when the daemon stops
 LINGER_SECONDS = 2.0  # how long the rest of a refused body is read, so that the client sees the answer
 GRACE_SECONDS = 1.0  # how long a connection may wait with its request before it gives way to a new one
 FOLLOW_SECONDS = 0.2  # between looks at a log that is followed
-ACCEPT_SECONDS = 0.05  # until a connection is accepted for which there was no file descriptor
+DESCRIPTOR_SECONDS = 0.05  # until what needed a file descriptor is tried again when there was none
 PENALTY_SECONDS = 1.0  # before a wrong password is answered
 NONCE_SECONDS = 300
 BACKLOG_COUNT = 1024  # connections that the kernel keeps until they are accepted
@@ -166,6 +166,11 @@ def new_identifier() -> str:
     """Return a random UUID, RFC 9562 section 5.4."""
     bits = int.from_bytes(os.urandom(16), "big") & ~(0xF << 76 | 0x3 << 62) | (0x4 << 76 | 0x2 << 62)
     return re.sub(r"(.{8})(.{4})(.{4})(.{4})(.{12})", r"\1-\2-\3-\4-\5", f"{bits:032x}")
+
+
+def is_whole_number(text: str, least: int, most: int) -> bool:
+    """Tell whether a text is a whole number in these bounds, without reading one of thousands of digits."""
+    return text.isascii() and text.isdigit() and len(text) <= 12 and least <= int(text) <= most
 
 
 def log(message: str) -> None:
@@ -1184,9 +1189,9 @@ def find_processes(belongs: Callable[[int], bool]) -> set[psutil.Process]:
         try:
             return {process for pid in psutil.pids() for process in find_family(pid, belongs) if is_alive(process)}
         except OSError as error:
-            if error.errno not in (errno.EMFILE, errno.ENFILE):
+            if not lacks_descriptors(error):
                 raise
-            time.sleep(0.05)
+            time.sleep(DESCRIPTOR_SECONDS)
 
 
 def find_family(pid: int, belongs: Callable[[int], bool]) -> list[psutil.Process]:
@@ -1197,9 +1202,14 @@ def find_family(pid: int, belongs: Callable[[int], bool]) -> list[psutil.Process
         process = psutil.Process(pid)
         return [process, *process.children(recursive=True)]
     except (OSError, psutil.Error) as error:
-        if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+        if lacks_descriptors(error):
             raise
         return []
+
+
+def lacks_descriptors(error: Exception) -> bool:
+    """Tell whether this process, or the system, had no file descriptor left."""
+    return isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE)
 
 
 def is_alive(process: psutil.Process) -> bool:
@@ -3198,7 +3208,7 @@ def whole_number_of(form: Mapping[str, str], name: str, most: int, least: int = 
     text = form.get(name)
     if text is None:
         return None
-    if not (text.isascii() and text.isdigit() and len(text) <= 12 and least <= int(text) <= most):
+    if not is_whole_number(text, least, most):
         raise BadRequest(f"the parameter '{name}' must be a whole number from {least} to {most}, not {text!r:.40}")
     return int(text)
 
@@ -3296,7 +3306,7 @@ class Server:
             connection, address = self.socket.accept()
         except OSError as error:
             if not isinstance(error, (BlockingIOError, ConnectionError)):  # of a client that went at once
-                time.sleep(ACCEPT_SECONDS)
+                time.sleep(DESCRIPTOR_SECONDS)
             return
         connection.setblocking(False)
         if not self._has_room():
@@ -3450,7 +3460,7 @@ def whole_number(least: int, most: int = 10**9) -> Callable[[str], int]:
     """Return the check of an option that is a whole number."""
 
     def check(text: str) -> int:
-        if not (text.isascii() and text.isdigit() and least <= int(text[:12]) <= most):
+        if not is_whole_number(text, least, most):
             raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {least} to {most}")
         return int(text)
 
