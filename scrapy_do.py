@@ -600,6 +600,8 @@ def decode_record(kind: type[Any], fields: Any) -> Any:
 
 def _decode_field(name: str, value: Any) -> Any:
     wanted: Any = FIELD_TYPES.get(name, str)
+    if wanted is type(value) is str:
+        return sys.intern(value) if name in SHARED_FIELDS else value
     if wanted is Status or wanted is Actor:
         return wanted(value)
     if wanted is Stats:
@@ -608,8 +610,6 @@ def _decode_field(name: str, value: Any) -> Any:
         value = float(value)
     if type(value) is not wanted or (wanted is float and not 0 <= value <= LAST_INSTANT):
         raise ValueError(f"the field '{name}' cannot be {value!r:.40}")
-    if wanted is str:
-        return sys.intern(value) if name in SHARED_FIELDS else value
     if wanted is list and not all(type(item) is str for item in value):
         raise ValueError(f"the field '{name}' must hold strings")
     return tuple(value) if wanted is list else value
@@ -1236,9 +1236,9 @@ def end_processes(find: Callable[[], set[psutil.Process]]) -> None:
 
 
 PRINTED = rb"""(?:'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*"|[^'"{}])"""  # a string, or a character that is no brace
-STATS_DUMP = re.compile(rb"(?s).*Dumping Scrapy stats:[^{]{0,9}(\{(?:%b|\{%b*\})*\}?)" % (PRINTED, PRINTED))  # the last
-STATS_COUNT = re.compile(rb"'([\w/]+)': ([0-9]{1,15})[,}\s]")  # one without an end may be cut off
-STATS_REASON = re.compile(rb"'finish_reason': (['\"])(.{0,200}?)\1")
+STATS_DUMP = rb"(?s).*Dumping Scrapy stats:[^{]{0,9}(\{(?:%b|\{%b*\})*\}?)" % (PRINTED, PRINTED)  # the last
+STATS_COUNT = rb"'([\w/]+)': ([0-9]{1,15})[,}\s]"  # one without an end may be cut off
+STATS_REASON = rb"'finish_reason': (['\"])(.{0,200}?)\1"
 
 
 def read_stats(path: Path) -> Stats | None:
@@ -1249,12 +1249,12 @@ def read_stats(path: Path) -> Stats | None:
     try:
         with open_log(path) as file:
             file.seek(max(0, os.fstat(file.fileno()).st_size - CHUNK_BYTES))
-            dump = STATS_DUMP.match(file.read(CHUNK_BYTES))
+            dump = re.match(STATS_DUMP, file.read(CHUNK_BYTES))
     except (ScrapyDoError, OSError):
         return None
     if dump is None:
         return None
-    counts, reason = dict(STATS_COUNT.findall(dump[1])), STATS_REASON.search(dump[1])
+    counts, reason = dict(re.findall(STATS_COUNT, dump[1])), re.search(STATS_REASON, dump[1])
     names = (b"item_scraped_count", b"response_received_count", b"log_count/ERROR")
     items, responses, errors = (int(counts.get(name, 0)) for name in names)
     return Stats(items, responses, errors, reason[2].decode("utf-8", "replace") if reason else "")
@@ -1709,13 +1709,13 @@ class Daemon:
             raise change.error
         return change.result  # type: ignore[no-any-return]
 
-    def _submit(self, make: Callable[[Draft], Any], is_fact: bool, queue: list[Change]) -> Change:
-        """Have a change made and saved some time soon; the order within a queue is kept."""
+    def _submit(self, make: Callable[[Draft], Any], is_fact: bool, line: list[Change]) -> Change:
+        """Have a change made and saved some time soon; the order within a line is kept."""
         change = Change(make, is_fact)
         with self._lock:
             if self._is_writer_done:
                 raise Unavailable("the daemon is stopping; ask again when it has been started")
-            queue.append(change)
+            line.append(change)
             self._change_waits.notify()
         return change
 
@@ -2063,7 +2063,7 @@ class Daemon:
     # The timer's calls
 
     def _on_due(self, identifier: str) -> None:
-        self._submit(lambda draft: self._fire(draft, identifier), is_fact=True, queue=self._firings)
+        self._submit(lambda draft: self._fire(draft, identifier), is_fact=True, line=self._firings)
 
     def _on_deadline(self, identifier: str) -> None:
         """Kill a crawl that was asked to end, and ask one that was not: its time is over."""
@@ -2082,7 +2082,7 @@ class Daemon:
                     self._recover(draft, job)
 
         log("the system clock was set back; due times that are too far away now are set again")
-        self._submit(recover, is_fact=True, queue=self._changes)
+        self._submit(recover, is_fact=True, line=self._changes)
 
     def _fire(self, draft: Draft, identifier: str) -> None:
         """Make a run of a schedule that is due, unless one is waiting still, and set its next due time."""
@@ -2174,7 +2174,7 @@ class Daemon:
             if (job_now := draft.find_job(job.identifier)).status is Status.RUNNING:
                 draft.put(job_now._replace(pid=crawl.pid, pid_created=created))
 
-        self._submit(save_number, is_fact=True, queue=self._changes)
+        self._submit(save_number, is_fact=True, line=self._changes)
         return crawl
 
     def _start(self, command: list[str], folder: Path, environment: dict[str, str], out: Path, err: Path) -> Crawl:
