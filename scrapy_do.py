@@ -21,6 +21,7 @@ Threads
                disk; then publishes it. What a reader sees is on the disk, or will be as soon as the disk takes it.
     slot-*     each takes the oldest pending job, starts its crawl and blocks until that has ended.
     on-finish  starts the command of --on-finish for one finished job after the other; there only with that option.
+    reload     there only after SIGHUP: checks the program and freezes the daemon, before main executes it anew.
 
 Locks
     Daemon._lock     guards the published records and all that is derived from them; held for memory work only.
@@ -53,7 +54,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from enum import Enum
 from pathlib import Path
 from typing import IO, Any, NamedTuple, TypeVar
@@ -91,6 +92,8 @@ NONCE_SECONDS = 300
 BACKLOG_COUNT = 1024  # connections that the kernel keeps until they are accepted
 BATCH_COUNT = 256  # changes that share one write: bounds how long the records stay locked
 FIRINGS_COUNT = 64  # schedules that fire in one write beside them: more would make requests wait for a burst
+CHECK_SECONDS = 10.0  # that the program may take to say its version before a reload
+FREEZE_SECONDS = 15.0  # for crawls that are being started or ended, before another program may begin
 NOTICES_COUNT = 1000  # finished jobs that wait for the command of --on-finish
 NOTICE_SECONDS = 60.0  # that the command may take
 NOTICE_STOP_SECONDS = 3.0  # that all who wait for it have when the daemon stops
@@ -768,7 +771,8 @@ class Store:
             if folder.stat().st_mode & (stat.S_IWGRP | stat.S_IWOTH):
                 raise StorageError(f"others may write to {folder}, and so run code as you: run 'chmod 700 {folder}'")
             self._lock = self._take_lock()
-            remove_tree(self.work)
+            if self.work.is_symlink():
+                self.work.unlink()
             for path in (self.projects, self.logs, self.work, self.spider_data):
                 path.mkdir(mode=0o700, exist_ok=True)
                 if not path.is_symlink():  # one leads where its owner has seen to that
@@ -881,6 +885,16 @@ class Store:
     def new_work_path(self) -> Path:
         """Return a path in the work folder that nobody else uses."""
         return self.work / new_identifier()
+
+    def work_copy(self, identifier: str) -> Path:
+        """Return where the crawl of a job has its working copy."""
+        return self.work / identifier
+
+    def sweep_work(self, jobs: Collection[str]) -> None:
+        """Delete all working copies but those of these jobs."""
+        for path in self.work.iterdir():
+            if path.name not in jobs:
+                remove_tree(path)
 
     def write(self, records: Sections, changed: Mapping[tuple[str, str], Record | None]) -> None:
         """Save changed records, None for a deleted one, and return when they are on the disk.
@@ -1121,20 +1135,26 @@ class Crawl:
     the session and lost its parents still has.
     """
 
-    def __init__(self, command: list[str], folder: Path, environment: dict[str, str], out: Path, err: Path):
+    def __init__(self, pid: int, identifier: str):
+        """Take a child of this process, which runs the job of that identifier."""
+        self.pid = pid
+        self.is_over = False
+        self.ended_for = ""  # why the daemon has asked it to end: "cancel", "stop" or "timeout"
+        self._mark = f"SCRAPY_JOB={identifier}".encode()
+
+    @classmethod
+    def start(cls, command: list[str], folder: Path, environment: dict[str, str], out: Path, err: Path) -> Crawl:
         """Start the command; its output goes to new files. Raise OSError or ValueError when that fails."""
         flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_NONBLOCK  # a link or a pipe fails
         with contextlib.ExitStack() as stack:
             streams = [stack.enter_context(open(os.open(path, flags, 0o600), "wb")) for path in (out, err)]
-            self._process = subprocess.Popen(
+            process = subprocess.Popen(
                 [word.encode() for word in command],  # UTF-8, whatever the locale of the daemon
                 cwd=folder, env=environment, stdin=subprocess.DEVNULL, stdout=streams[0], stderr=streams[1],
                 start_new_session=True,
             )  # fmt: skip
-        self.pid = self._process.pid
-        self.is_over = False
-        self.ended_for = ""  # why the daemon has asked it to end: "cancel", "stop" or "timeout"
-        self._mark = f"SCRAPY_JOB={environment['SCRAPY_JOB']}".encode()
+        process.returncode = 0  # so that Popen leaves it to `reap`
+        return cls(process.pid, environment["SCRAPY_JOB"])
 
     def created(self) -> float | None:
         """Return when the process was created, in POSIX seconds as psutil has them; None when it has ended."""
@@ -1143,16 +1163,19 @@ class Crawl:
         except psutil.Error:
             return None
 
-    def wait(self) -> int:
-        """Return the exit code of the command, -N for signal N, after ending all that it left behind.
+    def wait(self) -> None:
+        """Wait until the command has ended.
 
-        The dead process is looked at before it is reaped, see waitid(2): while it is a zombie nobody can get its
-        number, so a signal to its session cannot meet a stranger.
+        It is not reaped, see waitid(2): while it is a zombie nobody can get its number, so a signal to its session
+        cannot meet a stranger.
         """
         os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT)
         self.is_over = True
+
+    def reap(self) -> int:
+        """Return the exit code of the command, -N for signal N, after ending all that it left behind."""
         end_processes(lambda: find_processes(lambda pid: pid != self.pid and self._owns(pid)))
-        return self._process.wait()
+        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
 
     def signal(self, number: int) -> None:
         """Send a signal to the whole tree."""
@@ -1162,6 +1185,14 @@ class Crawl:
 
     def _owns(self, pid: int) -> bool:
         return os.getsid(pid) == self.pid or self._mark in read_environment(pid)
+
+
+def is_child(pid: int) -> bool:
+    """Tell whether a process is a child of this one, which may have ended but has not been reaped."""
+    with contextlib.suppress(ChildProcessError):
+        os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+        return True
+    return False
 
 
 def read_environment(pid: int) -> list[bytes]:
@@ -1586,7 +1617,7 @@ class Daemon:
     on the disk; they raise a ScrapyDoError when it is refused, and then nothing has changed.
     """
 
-    def __init__(self, store: Store, settings: Settings, clock: Clock | None = None, start_crawl: Any = Crawl):
+    def __init__(self, store: Store, settings: Settings, clock: Clock | None = None, start_crawl: Any = Crawl.start):
         self._store, self._settings, self._start_crawl = store, settings, start_crawl
         self._clock = clock or Clock()
         self._timer = Timer(self._on_due, self._on_deadline, self._on_clock_set_back, self._clock)
@@ -1594,12 +1625,11 @@ class Daemon:
         self._notifier = Notifier(settings.on_finish)
         self._unsaved: list[Job] = []  # of the writer: finished jobs whose last status is not on the disk yet
         self._writer = threading.Thread(target=self._write_changes, name="writer", daemon=True)
-        numbers = range(1, settings.job_slots + 1)
-        self._slots = [threading.Thread(target=self._run_slot, name=f"slot-{n}", daemon=True) for n in numbers]
+        self._slots: list[threading.Thread] = []
 
         self._lock = threading.Lock()  # guards everything below; see the head of the file
         self._job_waits = threading.Condition(self._lock)
-        self._job_ended = threading.Condition(self._lock)
+        self._crawl_changed = threading.Condition(self._lock)  # one has come to rest, ended, or may go on
         self._change_waits = threading.Condition(self._lock)
         self._projects: dict[str, Project] = {}
         self._jobs: dict[str, Job] = {}  # in the order of their making
@@ -1612,23 +1642,33 @@ class Daemon:
         self._changes: list[Change] = []
         self._firings: list[Change] = []  # of schedules that are due: thousands at one instant hold no request up
         self._cpu_mark = time.process_time(), self._began  # seconds of CPU, and when that was, at the last status
-        self._is_closing = self._is_writer_done = False
+        self._resting: set[str] = set()  # jobs of which a slot does nothing but wait for their crawl
+        self._is_frozen = self._is_closing = self._is_writer_done = False
 
     # Start and stop
 
-    def start(self) -> None:
-        """Load the state, end what a former daemon left running, and go to work. Raise StorageError for a bad state."""
+    def start(self, is_next: bool = False) -> None:
+        """Load the state, end what a former daemon left running, and go to work. Raise StorageError for a bad state.
+
+        With `is_next` another daemon was frozen in this process, and the crawls that it had go on.
+        """
         projects, jobs = self._store.load()
+        running = {job.pid: job for job in jobs.values() if job.status is Status.RUNNING and job.pid is not None}
+        children = [(pid, job) for pid, job in running.items() if is_next and is_child(pid)]
+        adopted = {job.identifier: (job, Crawl(pid, job.identifier)) for pid, job in children}
+        self._store.sweep_work(adopted)
         finished = [identifier for identifier, job in jobs.items() if job.status in COMPLETED]
         self._log_bytes.update({identifier: self._store.log_bytes(identifier) for identifier in finished})
-        self._end_leftovers(jobs.values())
+        self._end_leftovers(running.values(), adopted)
         draft = Draft(projects, jobs, self._clock.time())
         for job in jobs.values():
-            self._recover(draft, job)
+            if job.identifier not in adopted:
+                self._recover(draft, job)
         jobs.update({key: job for (_, key), job in draft.changed.items() if isinstance(job, Job)})
         with self._lock:
             self._projects.update(projects)
             self._jobs.update(jobs)
+            self._counts["jobs-run"] = len(adopted)
             for job in sorted(jobs.values(), key=lambda job: job.status in COMPLETED and job.timestamp):
                 self._index_locked(job)
         self._writer.start()
@@ -1641,19 +1681,22 @@ class Daemon:
 
         self._commit(adopt, is_fact=True)
         self._timer.start()
-        for slot in self._slots:
+        for number, first in itertools.zip_longest(range(1, self._settings.job_slots + 1), adopted.values()):
+            slot = threading.Thread(target=self._run_slot, args=(number, first), name=f"slot-{number}", daemon=True)
+            self._slots.append(slot)
             slot.start()
 
-    def _end_leftovers(self, jobs: Iterable[Job]) -> None:
+    def _end_leftovers(self, running: Iterable[Job], adopted: Collection[str]) -> None:
         """End the crawls of a daemon that was killed: they are known by their number, or by our folder."""
         mark = f"SPIDER_DATA_DIR={self._store.spider_data}".encode()
-        created = {job.pid: job.pid_created for job in jobs if job.status is Status.RUNNING}
+        created = {job.pid: job.pid_created for job in running if job.identifier not in adopted}
 
         def is_leftover(pid: int) -> bool:
             if pid in created and psutil.Process(pid).create_time() == created[pid]:
                 return True
             environment = read_environment(pid)
-            return mark in environment and any(line.startswith(b"SCRAPY_JOB=") for line in environment)
+            jobs = [line[len(b"SCRAPY_JOB=") :].decode() for line in environment if line.startswith(b"SCRAPY_JOB=")]
+            return mark in environment and jobs != [] and jobs[0] not in adopted
 
         end_processes(lambda: find_processes(is_leftover))
 
@@ -1683,13 +1726,43 @@ class Daemon:
         """End the crawls, whose jobs become PENDING again, save the state, and end all threads."""
         with self._lock:
             self._is_closing = True
-            self._job_waits.notify_all()
             crawls = list(self._crawls)
+        self._thaw()
         for identifier in crawls:
             self._end_crawl(identifier, "stop")
         for thread in self._slots:
-            if thread.is_alive():
-                thread.join()
+            thread.join()
+        self.leave()
+
+    def freeze(self) -> None:
+        """Bring all to rest, so that the next daemon may begin in this process. Raise Unavailable when that fails.
+
+        At rest no crawl is being started, ended or reaped, and all that has happened is on the disk. Crawls run on, as
+        children of the process, which keeps their exit codes for whatever program it executes, see execve(2).
+        """
+        with self._lock:
+            self._is_frozen = not self._is_closing
+            listings = [identifier for identifier in self._crawls if identifier not in self._jobs]
+        for identifier in listings:
+            self._end_crawl(identifier, "stop")
+        self._commit(lambda draft: None, is_fact=True)  # all that was under way
+        with self._lock:
+            running = self._by_status[Status.RUNNING]
+            is_calm = self._crawl_changed.wait_for(lambda: running.keys() <= self._resting, FREEZE_SECONDS)
+        self._commit(lambda draft: None, is_fact=True)  # the numbers of the last crawls
+        if not is_calm or self._store.is_behind:
+            self._thaw()
+            full = f"{self._store.folder} cannot be written, so the state is not saved; mend that"
+            raise Unavailable(full if is_calm else "a crawl takes long to start or to end; wait for it")
+
+    def _thaw(self) -> None:
+        with self._lock:
+            self._is_frozen = False
+            self._job_waits.notify_all()
+            self._crawl_changed.notify_all()
+
+    def leave(self) -> None:
+        """Save the state and end all threads but the slots, which have ended or rest."""
         self._timer.close()
         with self._lock:
             self._is_writer_done = True
@@ -1798,7 +1871,7 @@ class Daemon:
         if former is not None and former.status is not job.status:
             self._unindex_locked(job.identifier)
             if former.status is Status.RUNNING:
-                self._job_ended.notify_all()
+                self._crawl_changed.notify_all()
             if job.status is Status.RUNNING:
                 self._counts["jobs-run"] += 1
             elif former.status is Status.RUNNING and job.status in COMPLETED:
@@ -1985,6 +2058,8 @@ class Daemon:
             job = draft.find_job(identifier)
             if job.status in COMPLETED:
                 raise Conflict(f"job {identifier} has ended already, it is {job.status.value}")
+            if job.status is Status.RUNNING and self._is_frozen:
+                raise Unavailable("the daemon is being reloaded; ask again in a moment")
             if job.status is Status.RUNNING:
                 draft.put(job._replace(cancel=True), f"job {identifier} is being canceled")
             else:
@@ -1993,7 +2068,7 @@ class Daemon:
         self._commit(cancel_job)
         self._end_crawl(identifier, "cancel")
         with self._lock:
-            self._job_ended.wait_for(lambda: identifier not in self._by_status[Status.RUNNING])
+            self._crawl_changed.wait_for(lambda: identifier not in self._by_status[Status.RUNNING])
         return {}
 
     def job(self, identifier: str) -> dict[str, Any]:
@@ -2110,32 +2185,37 @@ class Daemon:
 
     # Slots
 
-    def _run_slot(self) -> None:
-        """Do the work of a slot's thread."""
-        while True:
+    def _run_slot(self, number: int | None, first: tuple[Job, Crawl] | None) -> None:
+        """Do the work of a slot's thread: of one without a number, only to wait for a crawl that runs already."""
+        if first is not None:
+            self._run_job(*first)
+        while number is not None:
             with self._lock:
-                self._job_waits.wait_for(lambda: self._by_status[Status.PENDING] or self._is_closing)
+                self._job_waits.wait_for(lambda: self._is_closing or self._may_start_locked())
                 if self._is_closing:
                     return
             if job := self._commit(self._take_next, is_fact=True):
                 self._run_job(job)
 
+    def _may_start_locked(self) -> bool:
+        return bool(self._by_status[Status.PENDING]) and not self._is_frozen
+
     def _take_next(self, draft: Draft) -> Job | None:
         """Make the oldest pending job RUNNING; None when others were quicker."""
         for identifier in self._by_status[Status.PENDING]:
-            if draft.is_pending(identifier) and not self._is_closing:
+            if draft.is_pending(identifier) and not (self._is_closing or self._is_frozen):
                 return draft.move(draft.find_job(identifier), Status.RUNNING)
         return None
 
-    def _run_job(self, job: Job) -> None:
-        """Run one crawl from start to end."""
-        folder = self._store.new_work_path()
-        began = self._clock.monotonic()
+    def _run_job(self, job: Job, crawl: Crawl | None = None) -> None:
+        """Run one crawl from start to end, or to its end one that runs already."""
+        folder, exit_code = self._store.work_copy(job.identifier), None
+        elapsed = max(0.0, self._clock.time() - job.timestamp) if crawl else 0.0
+        began = self._clock.monotonic() - elapsed
         timeout = job.timeout or self._settings.job_timeout or None
-        crawl, exit_code = None, None
         try:
-            crawl = self._launch(job, folder)
-            exit_code = self._wait_for(job.identifier, crawl, timeout)
+            crawl = crawl or self._launch(job, folder)
+            exit_code = self._wait_for(job.identifier, crawl, None if timeout is None else timeout - elapsed)
             reason = explain_exit(exit_code)
             if crawl.ended_for == "timeout":  # to which Scrapy answers by ending well
                 reason = f"it ran longer than its timeout of {timeout:.15g} s"
@@ -2198,12 +2278,19 @@ class Daemon:
             self._crawls[identifier] = crawl
             if timeout is not None:
                 self._timer.after(identifier, timeout)
-            is_canceled = identifier in self._jobs and self._jobs[identifier].cancel
-            why = "cancel" if is_canceled else "stop" if self._is_closing else ""
+            job = self._jobs.get(identifier)
+            is_too_late = self._is_closing or (self._is_frozen and job is None)
+            why = "cancel" if job is not None and job.cancel else "stop" if is_too_late else ""
+            self._resting.add(identifier)
+            self._crawl_changed.notify_all()
         if why:
             self._end_crawl(identifier, why)
         try:
-            return crawl.wait()
+            crawl.wait()
+            with self._lock:
+                self._crawl_changed.wait_for(lambda: not (self._is_frozen and identifier in self._resting))
+                self._resting.discard(identifier)
+            return crawl.reap()
         finally:
             with self._lock:
                 del self._crawls[identifier]
@@ -2218,6 +2305,11 @@ class Daemon:
             crawl = self._crawls.get(identifier)
             if crawl is None or crawl.is_over:
                 return
+            if self._is_frozen and why != "stop":
+                self._timer.after(identifier, RETRY_SECONDS)  # if another program begins instead, that one sees to it
+                return
+            self._resting.discard(identifier)
+            self._crawl_changed.notify_all()
             is_asked, crawl.ended_for = crawl.ended_for != "", why
             if not is_asked:
                 self._timer.after(identifier, self._settings.kill_after)
@@ -3250,11 +3342,10 @@ class Server:
     socketserver nothing would be left to use here, and they cost 7 MiB and 30 ms to import.
     """
 
-    def __init__(self, address: tuple[str, int], daemon: Daemon, rules: Rules):
-        """Listen on an address, without asking DNS for its name. Raise OSError when it cannot be had."""
+    def __init__(self, listening: socket.socket, daemon: Daemon, rules: Rules):
+        """Take the connections of a socket that listens."""
         self.daemon, self.rules, self.guard = daemon, rules, Guard(rules)
-        family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
-        self.socket = socket.create_server(address, family=family, backlog=BACKLOG_COUNT)
+        self.socket = listening
         self.socket.setblocking(False)
         self.host, self.port = self.socket.getsockname()[:2]
         self._parked: dict[int, Handler] = {}  # wait for a request, by file descriptor; only the accept loop's
@@ -3266,15 +3357,18 @@ class Server:
         self._connection_count = self._thread_count = self._work_count = 0
         self.is_over = False
 
-    def serve(self, stop: socket.socket) -> None:
-        """Serve until something can be read from `stop`; then stop listening, and let go of all who wait."""
+    def serve(self, signals: socket.socket, goes_on: Callable[[], bool]) -> None:
+        """Serve until `goes_on()`, called whenever something can be read from `signals`, is false.
+
+        Then stop listening, and let go of all who wait.
+        """
         back, self._wake = socket.socketpair()
         with self.socket, back, self._wake, selectors.DefaultSelector() as self._selector:
             self._wake.setblocking(False)
             self._selector.register(self.socket, selectors.EVENT_READ, self._accept)
             self._selector.register(back, selectors.EVENT_READ, lambda: self._take_back(back))
-            self._selector.register(stop, selectors.EVENT_READ)
-            while stop not in [key.fileobj for key, _ in self._serve_some()]:
+            self._selector.register(signals, selectors.EVENT_READ)
+            while signals not in [key.fileobj for key, _ in self._serve_some()] or goes_on():
                 pass
             with self._lock:
                 self.is_over = True
@@ -3455,6 +3549,10 @@ def turn_away(connection: socket.socket) -> None:
 
 # ---- 9. Command line -------------------------------------------------------------------------------------------------
 
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+IS_FROZEN = 0  # stands between the numbers of signals when a reload may begin
+HANDOVER = "SCRAPY_DO_HANDOVER"  # in the environment: the process, and the descriptor of the socket that it listens on
+
 
 def whole_number(least: int, most: int = 10**9) -> Callable[[str], int]:
     """Return the check of an option that is a whole number."""
@@ -3519,7 +3617,7 @@ def parse_options(argv: list[str] | None) -> argparse.Namespace:
     add("--tls-cert", type=Path, metavar="FILE", help="certificate chain; with it only HTTPS is spoken")
     add("--tls-key", type=Path, metavar="FILE", help="its private key, if that is in a file of its own")
     add("--tls-password-file", type=Path, metavar="FILE", help="the password of the key, if it has one")
-    add("--version", action="version", version=f"scrapy-do {__version__}")
+    add("--version", action="store_true", help="say which version this is, and no more")
     limits = ("max_upload", "max_connections", "request_timeout")
     parser.set_defaults(**Settings()._asdict(), **{name: Rules._field_defaults[name] for name in limits})
     options = parser.parse_args(argv)
@@ -3527,6 +3625,9 @@ def parse_options(argv: list[str] | None) -> argparse.Namespace:
         parser.error("--auth-file and --no-auth contradict each other")
     if (options.tls_key or options.tls_password_file) and not options.tls_cert:
         parser.error("--tls-key and --tls-password-file need --tls-cert")
+    if options.version:  # after the check of all others, which `check_program` asks for
+        print(f"scrapy-do {__version__}")
+        parser.exit()
     return options
 
 
@@ -3564,24 +3665,34 @@ def read_rules(options: argparse.Namespace) -> Rules:
     )
 
 
-def listen(options: argparse.Namespace, daemon: Daemon) -> Server:
-    """Return a server that is bound to its address. Raise ScrapyDoError when that cannot be had."""
-    rules = read_rules(options)
+def listen(options: argparse.Namespace) -> socket.socket:
+    """Return a socket that listens, without asking DNS for a name. Raise ScrapyDoError when it cannot be had."""
+    family = socket.AF_INET6 if ":" in options.host else socket.AF_INET
     try:
-        server = Server((options.host, options.port), daemon, rules)
+        listening = socket.create_server((options.host, options.port), family=family, backlog=BACKLOG_COUNT)
     except OSError as error:
         raise Conflict(
             f"cannot listen on {options.host}, port {options.port}: {error.strerror or error}; "
             "choose another --port or --host, or stop what uses it"
         ) from None
-    is_loopback = server.host.startswith("127.") or server.host == "::1"
-    if not (is_loopback or options.auth_file or options.no_auth):
-        server.socket.close()
+    host = listening.getsockname()[0]
+    if not (host.startswith("127.") or host == "::1" or options.auth_file or options.no_auth):
+        listening.close()
         raise Forbidden(
             f"whoever reaches {options.host} could run code as this user; name the users who may by --auth-file, or "
             "say --no-auth if something in front of the daemon checks them"
         )
-    return server
+    return listening
+
+
+def inherit() -> socket.socket | None:
+    """Return the socket on which a daemon listened that was frozen in this process, see `reload`; None without one."""
+    process, _, descriptor = os.environ.pop(HANDOVER, "").partition(" ")
+    if process != str(os.getpid()):
+        return None
+    listening = socket.socket(fileno=int(descriptor))
+    listening.set_inheritable(False)
+    return listening
 
 
 def tell_supervisor(state: str) -> None:
@@ -3592,18 +3703,90 @@ def tell_supervisor(state: str) -> None:
             wire.sendto(state.encode(), address.replace("@", "\0", 1) if address.startswith("@") else address)
 
 
-def serve(options: argparse.Namespace, stop: socket.socket) -> None:
-    """Run the daemon until something can be read from `stop`. Raise ScrapyDoError when it cannot start."""
-    store = Store(Path(os.path.abspath(options.data_dir)))
-    names = Settings._fields
-    daemon = Daemon(store, Settings(**{name: getattr(options, name) for name in names}))
+def program() -> list[str]:
+    """Return the command that has started this process."""
+    return [sys.executable, *sys.orig_argv[1:]]
+
+
+def check_program() -> None:
+    """Raise ScrapyDoError unless the program, which may be a newer one now, can be started with the same options."""
+    command = [*program(), "--version"]
     try:
-        server = listen(options, daemon)
-        daemon.start()
+        asked = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=CHECK_SECONDS)
+        said, reason = asked.stdout, asked.stderr.strip().split("\n")[-1]
+    except (OSError, ValueError, subprocess.TimeoutExpired) as error:
+        said, reason = "", str(error)
+    if not said.startswith("scrapy-do "):
+        raise ScrapyDoError(f"the program cannot be started: {reason or 'it does not say its version'}; mend it")
+
+
+def prepare_reload(daemon: Daemon, turn: threading.Lock, wake: socket.socket) -> None:
+    """Bring the daemon to rest and write IS_FROZEN to `wake`; if that cannot be, say why, and let it go on.
+
+    One does so at a time, and none after it has been done: `turn` is kept then.
+    """
+    turn.acquire()
+    tell_supervisor(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
+    try:
+        check_program()
+        daemon.freeze()
+    except ScrapyDoError as error:
+        log(f"not reloaded, all goes on as before: {error}, and send SIGHUP again")
+        tell_supervisor("READY=1")
+        turn.release()
+    else:
+        wake.send(bytes([IS_FROZEN]))
+
+
+def reload(daemon: Daemon, listening: socket.socket, signals: socket.socket) -> None:
+    """Execute the program again in this process, once the daemon is frozen. Raise ScrapyDoError when that fails.
+
+    Clients wait until the next daemon takes their connections from the same socket. A signal that comes too late for
+    this one stays pending for the next, see execve(2); one that another thread gets then has the effect of a crash.
+    """
+    daemon.leave()
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_DFL)
+    signals.setblocking(False)
+    with contextlib.suppress(BlockingIOError):
+        for late in set(signals.recv(CHUNK_BYTES)):
+            signal.raise_signal(late)
+    listening.set_inheritable(True)
+    os.environ[HANDOVER] = f"{os.getpid()} {listening.fileno()}"
+    try:
+        os.execv(sys.executable, program())
+    except OSError as error:
+        raise ScrapyDoError(f"{sys.executable} cannot be executed: {error}; start the daemon again") from None
+
+
+def serve(options: argparse.Namespace, signals: socket.socket, wake: socket.socket) -> None:
+    """Run the daemon until a signal stops it, each a byte in `signals`. Raise ScrapyDoError when it cannot start."""
+    store = Store(Path(os.path.abspath(options.data_dir)))
+    daemon = Daemon(store, Settings(**{name: getattr(options, name) for name in Settings._fields}))
+    turn, ended_by = threading.Lock(), set[int]()
+
+    def goes_on() -> bool:
+        ended_by.update(signals.recv(CHUNK_BYTES))
+        if signal.SIGHUP in ended_by:
+            threading.Thread(target=prepare_reload, args=(daemon, turn, wake), name="reload", daemon=True).start()
+        ended_by.discard(signal.SIGHUP)
+        return not ended_by
+
+    try:
+        rules, former = read_rules(options), inherit()
+        server = Server(former or listen(options), daemon, rules)
+        daemon.start(is_next=former is not None)
         host = f"[{server.host}]" if ":" in server.host else server.host
         log(f"scrapy-do {__version__} listens on {'https' if server.rules.tls else 'http'}://{host}:{server.port}")
         tell_supervisor("READY=1")
-        server.serve(stop)
+        listening = server.socket.dup()
+        server.serve(signals, goes_on)
+        if ended_by == {IS_FROZEN}:
+            log("reloading; crawls run on")
+            server.drain(DRAIN_SECONDS)
+            reload(daemon, listening, signals)
+        listening.close()
         tell_supervisor("STOPPING=1")
         log("stopping: crawls are being ended, their jobs will run again at the next start")
         daemon.close()
@@ -3616,14 +3799,13 @@ def serve(options: argparse.Namespace, stop: socket.socket) -> None:
 def forget_parent() -> None:
     """Undo what a process may have inherited that breaks a daemon.
 
-    A file that is opened while a standard stream is closed would become that stream. No signal gets through that is
-    blocked, and the kernel keeps no exit code of a crawl while SIGCHLD is ignored.
+    A file that is opened while a standard stream is closed would become that stream, and the kernel keeps no exit code
+    of a crawl while SIGCHLD is ignored.
     """
     while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
         pass
     os.close(descriptor)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    signal.pthread_sigmask(signal.SIG_SETMASK, ())
 
 
 def be_init() -> int | None:
@@ -3632,11 +3814,10 @@ def be_init() -> int | None:
     The first process of a container gets all orphans, see pid_namespaces(7), and must reap them. The daemon itself
     could not without taking the exit codes of its crawls away.
     """
-    signals = {signal.SIGCHLD, signal.SIGTERM, signal.SIGINT}
+    signals = {signal.SIGCHLD, *SIGNALS}
     signal.pthread_sigmask(signal.SIG_BLOCK, signals)
     child = os.fork()
     if child == 0:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
         return None
     while True:
         if (number := signal.sigwait(signals)) != signal.SIGCHLD:
@@ -3658,13 +3839,15 @@ def main(argv: list[str] | None = None) -> int:
     if os.getpid() == 1 and (status := be_init()) is not None:
         return status
     sys.setswitchinterval(SWITCH_SECONDS)
-    stop, wake = socket.socketpair()
+    signals, wake = socket.socketpair()
     wake.setblocking(False)
     signal.set_wakeup_fd(wake.fileno(), warn_on_full_buffer=False)
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda number, frame: None)  # not SIG_IGN, which a crawl would inherit
+    for number in SIGNALS:
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # as nohup(1) has it
+            signal.signal(number, lambda number, frame: None)  # not SIG_IGN, which a crawl would inherit
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())  # none may stay blocked that was by the parent, or by `reload`
     try:
-        serve(options, stop)
+        serve(options, signals, wake)
     except ScrapyDoError as error:
         print(f"scrapy-do: {error}", file=sys.stderr)
         return 1

@@ -172,11 +172,12 @@ class Inside(Client):
     def __init__(self, folder, scrapy, clock=None, **settings):
         self.store = scrapy_do.Store(folder / "data")
         self.daemon = scrapy_do.Daemon(self.store, scrapy_do.Settings(scrapy=scrapy, **settings), clock)
-        self.server = scrapy_do.Server(("127.0.0.1", 0), self.daemon, scrapy_do.Rules(max_upload=4))
+        listening = socket.create_server(("127.0.0.1", 0), backlog=scrapy_do.BACKLOG_COUNT)
+        self.server = scrapy_do.Server(listening, self.daemon, scrapy_do.Rules(max_upload=4))
         self.daemon.start()
         self.port = self.server.port
         self.stop, self.wake = socket.socketpair()
-        self.thread = threading.Thread(target=self.server.serve, args=(self.stop,))
+        self.thread = threading.Thread(target=self.server.serve, args=(self.stop, lambda: False))
         self.thread.start()
 
     def limit(self, **rules):
@@ -206,16 +207,34 @@ class Outside(Client):
 
     def start(self):
         """Start the process, and wait until it says where it listens."""
-        began = self.log_path.stat().st_size if self.log_path.exists() else 0
+        began = self.log_bytes()
         command = [*self.command, "--port", "0", "--data-dir", str(self.folder / "data"), *self.options]
         with open(self.log_path, "ab") as log:
             self.process = subprocess.Popen(command, stderr=log, stdout=log, env=self.environment, cwd=self.folder)
+        self.wait_until_it_listens(began)
+
+    def log_bytes(self):
+        """Return how much the process has logged."""
+        return self.log_path.stat().st_size if self.log_path.exists() else 0
+
+    def wait_until_it_listens(self, began):
+        """Wait until it says where it listens, after so many bytes of its log."""
 
         def address():
             assert self.process.poll() is None, self.log_path.read_text()
             return re.search(r"listens on https?://\S+:([0-9]+)\n", self.log_path.read_text()[began:])
 
         self.port = int(wait_for(address)[1])
+
+    def hang_up(self):
+        """Tell it to be executed anew, and return a function that waits until it listens again."""
+        began = self.log_bytes()
+        self.process.send_signal(signal.SIGHUP)
+        return functools.partial(self.wait_until_it_listens, began)
+
+    def reload(self):
+        """Have it executed anew in the same process."""
+        self.hang_up()()
 
     def stop(self, number=signal.SIGTERM, seconds=30):
         """Send a signal and return the exit status."""
@@ -228,8 +247,12 @@ class Outside(Client):
 
     def close(self):
         """End it, if it still runs."""
-        if self.process.poll() is None:
-            self.stop()
+        try:
+            if self.process.poll() is None:
+                self.stop()
+        finally:
+            self.process.kill()
+            self.process.wait()
 
 
 @pytest.fixture(autouse=True)
@@ -3279,8 +3302,22 @@ def test_on_finish_knows_an_end_that_a_crash_has_delayed_but_no_run_that_begins_
     change_state(tmp_path, lambda document: document["jobs"][over].update(status="RUNNING", cancel=True))
     site.start()
     assert notes(over)["words"] == f"{over} CANCELED  \n"
+    wait_for(lambda: "started" in site.log(again, "out"))
+    site.reload()
     release(tmp_path)
     assert notes(again)["words"] == f"{again} SUCCESSFUL  \n"
+
+
+def test_a_reload_waits_a_little_for_on_finish(outside, tmp_path):
+    (tmp_path / "note").write_text("#!/bin/sh\nsleep 1\necho $SCRAPY_DO_JOB >> notes\n")
+    (tmp_path / "note").chmod(0o755)
+    site = outside("--on-finish", f"{tmp_path}/note")
+    site.push()
+    jobs = [site.schedule(), site.schedule()]
+    for job in jobs:
+        site.wait_job(job)
+    site.reload()
+    assert sorted((tmp_path / "notes").read_text().split()) == sorted(jobs)
 
 
 @pytest.mark.parametrize(
@@ -3583,6 +3620,416 @@ def test_a_push_that_is_under_way_is_refused_when_the_daemon_stops(outside, tmp_
     site.start()
     assert site.get("list-projects")["projects"] == []
     assert list((tmp_path / "data/projects").iterdir()) == []
+
+def crawl_of(site, tmp_path, job):
+    """Return the process of a job that has begun to talk, as the state file knows it."""
+    pid = wait_for(lambda: state(tmp_path)["jobs"][job].get("pid"))
+    wait_for(lambda: "started" in site.log(job, "out"))
+    return psutil.Process(pid)
+
+
+def test_crawls_go_on_across_two_reloads(outside, tmp_path):
+    site = outside("--job-slots", "2")
+    site.push(good=f"{HOLD}; cat code.py", bad=f"sleep 60 & {HOLD}; cat code.py; exit 7")
+    jobs = {spider: site.schedule(spider) for spider in ("good", "bad")}
+    crawls = {spider: crawl_of(site, tmp_path, job) for spider, job in jobs.items()}
+    began = time.monotonic()
+    waiting, before = site.schedule(), {spider: site.job(job) for spider, job in jobs.items()}
+    process, port, descriptors = psutil.Process(site.process.pid), site.port, set()
+    for _ in range(2):
+        site.reload()
+        descriptors.add(process.num_fds())
+        assert {spider: site.job(job) for spider, job in jobs.items()} == before
+        status = site.get("status")
+        assert (status["jobs-running"], status["jobs-pending"], status["jobs-run"]) == (2, 1, 2)
+        assert site.port == port
+    assert {crawl.ppid() for crawl in crawls.values()} == {site.process.pid}
+    assert len(descriptors) == 1
+    wait_for(lambda: time.monotonic() > began + 2)
+    release(tmp_path)
+    done = {spider: site.wait_job(job) for spider, job in jobs.items()}
+    assert {spider: (job["status"], job["exit_code"]) for spider, job in done.items()} == {
+        "good": ("SUCCESSFUL", 0), "bad": ("FAILED", 7),
+    }  # fmt: skip
+    assert min(job["duration"] for job in done.values()) >= 2
+    assert {site.log(job, "out") for job in jobs.values()} == {"started\nx = 1\n"}  # from its working copy
+    assert site.wait_job(waiting)["status"] == "SUCCESSFUL"
+    wait_for(lambda: [path.name for path in (tmp_path / "data/work").iterdir() if path.name in jobs.values()] == [])
+    check_counts(site.get("status"))
+    assert [child for child in process.children() if child.status() == psutil.STATUS_ZOMBIE] == []
+    assert [process for process in psutil.process_iter() if marked(process, tmp_path)] == []
+    assert site.stop() == 0
+    assert "Traceback" not in site.log_path.read_text()
+
+
+SLOW_START = """
+import os, runpy, sys, time
+while os.path.exists({flag!r}) and {name!r} in os.environ:
+    time.sleep(0.01)
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.fixture
+def slow(outside, tmp_path):
+    """Return a function that starts a daemon that at a reload waits, before it is one again, while a file is there."""
+    flag = tmp_path / "wait"
+    source = SLOW_START.format(flag=str(flag), name=scrapy_do.HANDOVER)
+
+    def start(*options):
+        site = outside(*options, command=(sys.executable, "-c", source, str(MODULE)))
+        flag.touch()
+        return site, flag
+
+    return start
+
+
+def wait_until_it_is_executed(site):
+    """Wait until a daemon has told that it is being reloaded, and its new program has begun."""
+    wait_for(lambda: "reloading" in site.log_path.read_text())
+    wait_for(lambda: psutil.Process(site.process.pid).num_threads() == 1)
+
+
+def test_a_crawl_that_ends_during_a_reload_keeps_its_exit_code(slow, tmp_path):
+    site, flag = slow()
+    site.push(hold=f"{HOLD}; exit 7")
+    job = site.schedule("hold")
+    crawl = crawl_of(site, tmp_path, job)
+    listens_again = site.hang_up()
+    wait_until_it_is_executed(site)
+    release(tmp_path)
+    wait_for(lambda: crawl.status() == psutil.STATUS_ZOMBIE)
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(site.get, "status")  # it waits in the backlog of the socket, which is the same
+        wait_for(lambda: asked.running())
+        flag.unlink()
+        assert asked.result(30)["jobs-scheduled"] == 0
+    listens_again()
+    done = site.wait_job(job)
+    assert (done["status"], done["exit_code"]) == ("FAILED", 7)
+    assert site.log(job, "out") == "started\n"
+    assert not crawl.is_running()
+    assert site.get("status")["jobs-run"] == 1
+
+
+SLOW_LAUNCH = """
+import os, runpy, sys, time
+link, fsync = os.link, os.fsync
+def slow_link(*paths):
+    open({flag!r} + ".on", "w").close()
+    while os.path.exists({flag!r}):
+        time.sleep(0.01)
+    link(*paths)
+def slow_fsync(descriptor):
+    if os.path.exists({flag!r} + ".on"):
+        time.sleep(0.5)
+    fsync(descriptor)
+os.link, os.fsync = slow_link, slow_fsync
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_a_crawl_that_is_being_started_at_a_reload_is_started_once(outside, tmp_path):
+    flag = tmp_path / "copying"
+    flag.touch()
+    site = outside(command=(sys.executable, "-c", SLOW_LAUNCH.format(flag=str(flag)), str(MODULE)))
+    site.push(hold="echo run >> $SPIDER_DATA_DIR/runs; " + HOLD)
+    job = site.schedule("hold")
+    wait_for((tmp_path / "copying.on").exists)
+    listens_again = site.hang_up()
+    wait_for(lambda: site.try_push(stub_project("other"))[0] == 503)
+    waiting = site.schedule()
+    flag.unlink()
+    listens_again()
+    release(tmp_path)
+    assert {site.wait_job(each)["status"] for each in (job, waiting)} == {"SUCCESSFUL"}
+    assert (tmp_path / "data/spider-data/runs").read_text() == "run\n"
+    log = site.log_path.read_text()
+    assert log.index("reloading") < log.index(f"job {waiting} is RUNNING")
+
+
+def test_a_crawl_is_canceled_after_a_reload_like_any_other(outside, tmp_path):
+    site = outside("--kill-after", "0.5")
+    site.push(polite=POLITE, stubborn=STUBBORN)
+    jobs = {spider: site.schedule(spider) for spider in ("polite", "stubborn")}
+    for job in jobs.values():
+        crawl_of(site, tmp_path, job)
+    site.reload()
+    for spider, code in {"polite": 0, "stubborn": -9}.items():
+        site.post("cancel-job", id=jobs[spider])
+        canceled = site.job(jobs[spider])
+        assert (canceled["status"], canceled["exit_code"]) == ("CANCELED", code)
+    assert site.log(jobs["polite"], "out") == "started\nbye\n"
+
+
+def test_a_cancel_that_is_under_way_is_answered_before_a_reload(outside, tmp_path):
+    site = outside("--kill-after", "1.5")
+    site.push(stubborn="trap 'echo asked' TERM; echo started; while :; do sleep 0.05; done", hold=HOLD)
+    job, kept = site.schedule("stubborn"), site.schedule("hold")
+    for started in (job, kept):
+        crawl_of(site, tmp_path, started)
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(site.try_post, "cancel-job", id=job)
+        wait_for(lambda: "asked" in site.log(job, "out"))
+        listens_again = site.hang_up()
+        wait_for(lambda: site.try_push(stub_project("other"))[0] == 503)
+        assert site.try_post("cancel-job", id=kept)[0] == 503
+        assert asked.result(30)[0] == 200
+    listens_again()
+    assert site.job(job)["exit_code"] == -9
+    assert site.log(job, "out") == "started\nasked\n"
+    assert site.job(kept)["status"] == "RUNNING"
+    release(tmp_path)
+    assert site.wait_job(kept)["status"] == "SUCCESSFUL"
+
+
+def test_a_timeout_goes_on_during_a_reload(slow, tmp_path):
+    site, flag = slow("--kill-after", "0.3")
+    site.push(stubborn=STUBBORN)
+    job = site.schedule("stubborn", timeout="3")
+    crawl_of(site, tmp_path, job)
+    began = time.monotonic()
+    listens_again = site.hang_up()
+    wait_until_it_is_executed(site)
+    wait_for(lambda: time.monotonic() > began + 3)
+    flag.unlink()
+    listens_again()
+    ready = time.monotonic()
+    done = site.wait_job(job)
+    assert time.monotonic() - ready < 2.5
+    assert (done["reason"], done["exit_code"]) == ("it ran longer than its timeout of 3 s", -9)
+    assert done["duration"] >= 3
+
+
+def test_a_push_that_is_under_way_is_refused_at_a_reload(outside, tmp_path):
+    site = outside("--kill-after", "0.3")
+    slow = make_zip({"scrapy.cfg": "[deploy]\nproject=slow\n", "list.sh": "touch $SPIDER_DATA_DIR/on; sleep 60"})
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        pushed = pool.submit(site.try_push, slow)
+        wait_for((tmp_path / "data/spider-data/on").exists)
+        site.reload()
+        assert pushed.result(30)[0] == 503
+    assert site.get("list-projects")["projects"] == []
+    assert os.listdir(tmp_path / "data/work") == []
+    site.push()
+    assert site.wait_job(site.schedule())["status"] == "SUCCESSFUL"
+    assert [process for process in psutil.process_iter() if marked(process, tmp_path)] == []
+
+
+@pytest.fixture
+def copied(outside, tmp_path):
+    """Return a function that starts a daemon from a file of its own, and returns that file, too."""
+    path = tmp_path / "scrapy_do.py"
+
+    def start(*options):
+        shutil.copy(MODULE, path)
+        return outside(*options, command=(sys.executable, "scrapy_do.py")), path
+
+    return start
+
+
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [
+        (lambda source: source + "\nbreak\n", "cannot be started: SyntaxError: 'break' outside loop; mend it"),
+        (lambda source: "print('x')", "cannot be started: it does not say its version; mend it"),
+        (lambda source: source.replace('add("--kill-after"', 'add("--kill"'), "unrecognized arguments: --kill-after 2"),
+        (lambda source: "while True: pass", ""),  # what comes of it is known when the next signal comes
+    ],
+    ids=["syntax", "another", "option", "endless"],
+)
+def test_a_program_that_cannot_be_started_changes_nothing(copied, tmp_path, fault, said):
+    site, path = copied("--kill-after", "2")
+    site.push(hold=HOLD)
+    job = site.schedule("hold")
+    crawl = crawl_of(site, tmp_path, job)
+    path.write_text(fault(MODULE.read_text()))
+    site.process.send_signal(signal.SIGHUP)
+    if said:
+        wait_for(lambda: "not reloaded, all goes on as before" in site.log_path.read_text())
+    assert said in site.log_path.read_text()
+    assert site.wait_job(site.schedule())["status"] == "SUCCESSFUL"
+    path.write_text(MODULE.read_text().replace('__version__ = "', '__version__ = "new-'))
+    site.reload()
+    assert site.get("status")["daemon-version"] == f"new-{scrapy_do.__version__}"
+    assert crawl.ppid() == site.process.pid
+    release(tmp_path)
+    assert site.wait_job(job)["status"] == "SUCCESSFUL"
+
+
+def test_a_reload_that_would_take_long_is_given_up(inside, tmp_path, monkeypatch):
+    site = inside(kill_after=60)
+    loop = "echo started; while [ ! -e $SPIDER_DATA_DIR/go ]; do sleep 0.02; done"
+    site.push(slow=f"trap 'echo asked' TERM; {loop}", hold=HOLD)
+    slow, hold = site.schedule("slow"), site.schedule("hold")
+    crawl = crawl_of(site, tmp_path, hold)
+    crawl_of(site, tmp_path, slow)
+    monkeypatch.setattr(scrapy_do, "FREEZE_SECONDS", 0.1)
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(site.try_post, "cancel-job", id=slow)
+        wait_for(lambda: "asked" in site.log(slow, "out"))
+        with pytest.raises(scrapy_do.Unavailable, match="takes long"):
+            site.daemon.freeze()
+        assert crawl.is_running()
+        assert site.wait_job(site.schedule())["status"] == "SUCCESSFUL"
+        release(tmp_path)
+        assert asked.result(30)[0] == 200
+    assert site.wait_job(hold)["status"] == "SUCCESSFUL"
+    assert site.log(slow, "out") == "started\nasked\n"
+
+
+def test_nothing_is_reaped_or_ended_while_the_daemon_is_frozen(inside, tmp_path, monkeypatch):
+    monkeypatch.setattr(scrapy_do, "RETRY_SECONDS", 0.1)
+    site = inside(kill_after=0.2)
+    site.push(hold=HOLD, stubborn=STUBBORN)
+    jobs = {"hold": site.schedule("hold"), "stubborn": site.schedule("stubborn", timeout="0.5")}
+    crawls = {spider: crawl_of(site, tmp_path, job) for spider, job in jobs.items()}
+    site.daemon.freeze()
+    release(tmp_path)
+    wait_for(lambda: crawls["hold"].status() == psutil.STATUS_ZOMBIE)
+    began = crawls["stubborn"].create_time()
+    wait_for(lambda: time.time() > began + 1)
+    assert crawls["stubborn"].is_running()
+    waiting = site.schedule()
+    assert site.try_post("cancel-job", id=jobs["stubborn"])[0] == 503
+    assert sorted(job["spider"] for job in site.jobs("RUNNING")) == ["hold", "stubborn"]
+    site.daemon._thaw()
+    assert site.wait_job(waiting)["status"] == site.wait_job(jobs["hold"])["status"] == "SUCCESSFUL"
+    assert "timeout" in site.wait_job(jobs["stubborn"])["reason"]
+
+
+def test_no_reload_while_the_disk_is_full(inside, tmp_path, monkeypatch):
+    monkeypatch.setattr(scrapy_do, "RETRY_SECONDS", 0.1)
+    site = inside()
+    site.push(hold=HOLD)
+    job = site.schedule("hold")
+    crawl_of(site, tmp_path, job)
+    with monkeypatch.context() as patch:
+        faults = Faults(patch)
+        faults.error, faults.step = errno.ENOSPC, "write"
+        release(tmp_path)
+        assert site.wait_job(job)["status"] == "SUCCESSFUL"
+        with pytest.raises(scrapy_do.Unavailable, match="cannot be written"):
+            site.daemon.freeze()
+    wait_for(lambda: state(tmp_path)["jobs"][job]["status"] == "SUCCESSFUL")
+    site.daemon.freeze()
+
+
+def test_more_crawls_than_slots_after_a_reload_all_come_to_their_end(outside, tmp_path):
+    (tmp_path / "options").write_text("--job-slots\n3\n")
+    site = outside("@options")
+    until = "echo started; while [ ! -e $SPIDER_DATA_DIR/{0} ]; do sleep 0.02; done; echo > $SPIDER_DATA_DIR/{0}-ended"
+    site.push(**{name: until.format(name) for name in "abc"}, last="cd $SPIDER_DATA_DIR; test -e a-ended -a -e b-ended -a -e c-ended")
+    jobs = {name: site.schedule(name) for name in "abc"}
+    for job in jobs.values():
+        crawl_of(site, tmp_path, job)
+    last = site.schedule("last")
+    (tmp_path / "options").write_text("--job-slots\n1\n")
+    site.reload()
+    for name in "bca":
+        assert site.job(last)["status"] == "PENDING"
+        (tmp_path / "data/spider-data" / name).touch()
+        assert site.wait_job(jobs[name])["status"] == "SUCCESSFUL"
+    assert site.wait_job(last)["status"] == "SUCCESSFUL"
+
+
+def test_a_crash_after_a_reload_is_like_any_other(outside, tmp_path):
+    site = outside()
+    site.push(hold="echo $$ >> $SPIDER_DATA_DIR/pids; " + HOLD)
+    job, schedule = site.schedule("hold"), site.schedule(when="every 2 hours")
+    crawl, due = crawl_of(site, tmp_path, job), site.job(schedule)["next_run"]
+    site.reload()
+    assert site.job(schedule)["next_run"] == due
+    site.kill()
+    assert not is_gone(crawl.pid)
+    site.start()
+    assert is_gone(crawl.pid)
+    assert f"job {job} is PENDING again" in site.log_path.read_text()
+    release(tmp_path)
+    assert site.wait_job(job)["status"] == "SUCCESSFUL"
+    assert len((tmp_path / "data/spider-data/pids").read_text().split()) == 2
+
+
+def test_a_stop_at_any_moment_of_a_reload_ends_it_well(outside, tmp_path):
+    """By hand for longer: STOP_ROUNDS=100 python -m pytest -k moment_of_a_reload."""
+    site = outside("--job-slots", "1", "--kill-after", "0.2")
+    site.push(stubborn=STUBBORN)
+    job = site.schedule("stubborn")
+    for number in range(int(os.environ.get("STOP_ROUNDS", "12"))):
+        crawl = crawl_of(site, tmp_path, job)
+        site.process.send_signal(signal.SIGHUP)
+        moment = time.monotonic() + number % 12 * 0.05
+        wait_for(lambda moment=moment: time.monotonic() >= moment)
+        assert site.stop() == 0
+        assert is_gone(crawl.pid)
+        assert state(tmp_path)["jobs"][job]["status"] == "PENDING"
+        site.start()
+    assert "Traceback" not in site.log_path.read_text()
+
+
+def test_jobs_run_once_each_while_it_is_reloaded_again_and_again(outside, tmp_path):
+    """By hand for longer: RELOADS=200 python -m pytest -k reloaded_again."""
+    site = outside("--job-slots", "3", "--completed-cap", "100000")
+    note = "echo $SCRAPY_JOB >> $SPIDER_DATA_DIR/runs; "
+    site.push(quick=f"{note} exit 3", brief=f"{note} sleep 0.0$(($$ % 10)); exit 4", long=f"{note} sleep 0.5; exit 5")
+    stop, sure = threading.Event(), {}
+
+    def ask(client):
+        draw = random.Random(client)
+        while not stop.is_set():
+            spider = draw.choice(["quick", "quick", "brief", "brief", "brief", "long"])
+            with contextlib.suppress(OSError, http.client.HTTPException):  # its connection was closed by a reload
+                job = site.schedule(spider)
+                sure[job] = spider
+                if draw.random() < 0.5:  # or there would be ever more
+                    site.wait_job(job)
+
+    with concurrent.futures.ThreadPoolExecutor(3) as pool:
+        asked = [pool.submit(ask, client) for client in range(3)]
+        site.schedule("quick", when="every second")
+        try:
+            for number in range(int(os.environ.get("RELOADS", "15"))):
+                enough = len(sure) + random.Random(number).randrange(1, 12)
+                wait_for(lambda enough=enough: len(sure) >= enough)
+                listens_again = site.hang_up()
+                for _ in range(number % 3):
+                    site.process.send_signal(signal.SIGHUP)
+                listens_again()
+        finally:
+            stop.set()
+        for future in asked:
+            future.result(30)
+    for job in site.jobs("SCHEDULED"):
+        site.post("cancel-job", id=job["identifier"])
+    wait_for(lambda: not site.jobs("PENDING") and not site.jobs("RUNNING"))
+    ended = {job["identifier"]: job for job in site.jobs("COMPLETED") if job["status"] != "CANCELED"}
+    runs = (tmp_path / "data/spider-data/runs").read_text().split()
+    assert sorted(runs) == sorted(ended)
+    assert sure.keys() <= ended.keys()
+    codes = {"quick": 3, "brief": 4, "long": 5}
+    assert [job for job in ended.values() if (job["status"], job["exit_code"]) != ("FAILED", codes[job["spider"]])] == []
+    assert site.stop() == 0
+    assert "Traceback" not in site.log_path.read_text()
+
+
+def test_a_crawl_inherits_no_signal_that_a_reload_has_held_back(outside):
+    site = outside()
+    site.push(show="grep -E 'Sig(Blk|Ign)' /proc/self/status; env | grep -c SCRAPY_DO; ls -l /proc/self/fd | grep -c socket:")
+    first = site.log(site.wait_job(site.schedule("show"))["identifier"], "out")
+    site.reload()
+    assert site.log(site.wait_job(site.schedule("show"))["identifier"], "out") == first
+    assert [int(line.split()[1], 16) for line in first.splitlines()[:2]] == [0, 0]
+    assert first.splitlines()[2:] == ["0", "0"]
+
+
+def test_a_hang_up_that_nohup_has_ignored_stays_so(outside, tmp_path):
+    site = outside(command=("nohup", sys.executable, str(MODULE)))
+    status = pathlib.Path(f"/proc/{site.process.pid}/status").read_text()
+    assert int(re.search(r"SigIgn:\s*(\w+)", status)[1], 16) & 1 << signal.SIGHUP - 1
+    assert site.stop() == 0
+
 
 
 def test_nothing_is_lost_or_doubled_by_kill_9(outside, tmp_path):
@@ -3927,6 +4374,8 @@ class FakeCrawl:
     def wait(self):
         self.ended.wait()
         self.is_over = True
+
+    def reap(self):
         with self.crawls.lock:
             self.crawls.live.pop(self.job, None)
         return self.code
@@ -4509,7 +4958,9 @@ def test_as_process_1_it_reaps_orphans_and_stops_like_any_other(outside, tmp_pat
     assert site.wait_job(site.schedule("bad"))["exit_code"] == 3
 
     def states():
-        return [process.status() for process in first.children(recursive=True)]
+        with contextlib.suppress(psutil.NoSuchProcess):
+            return [process.status() for process in first.children(recursive=True)]
+        return [psutil.STATUS_ZOMBIE]  # one is just being reaped
 
     wait_for(lambda: states() and psutil.STATUS_ZOMBIE not in states())  # also while the crawl goes on
     assert site.job(job)["status"] == "RUNNING"
@@ -4525,7 +4976,13 @@ def test_as_process_1_it_reaps_orphans_and_stops_like_any_other(outside, tmp_pat
     assert {saved[job]["status"], saved[interrupted]["status"]} == {"PENDING"}
     site.start()
     [first] = psutil.Process(site.process.pid).children()
-    [daemon] = first.children()
+    daemon = min(first.children(), key=lambda process: process.pid)  # an orphan of the crawl may be there already
+    wait_for(lambda: "started" in site.log(interrupted, "out"))
+    began = site.log_bytes()
+    first.send_signal(signal.SIGHUP)
+    site.wait_until_it_listens(began)
+    assert site.job(interrupted)["status"] == "RUNNING"
+    assert daemon in first.children()
     daemon.kill()  # then the container ends, which whoever keeps it starts again
     assert site.process.wait(15) == 137
 
@@ -4619,6 +5076,9 @@ def test_a_full_disk_refuses_changes_and_goes_on(outside, tmp_path, small_disk, 
         assert (status, answer["status"]) == (404 if path == "remove-project" else 507, "error"), (path, answer)
     assert site.jobs("ACTIVE") == before
     assert site.job(done)["status"] == "SUCCESSFUL"
+    site.process.send_signal(signal.SIGHUP)
+    wait_for(lambda: "not reloaded, all goes on as before" in site.log_path.read_text())
+    assert f"{tmp_path}/disk/data cannot be written, so the state is not saved" in site.log_path.read_text()
     (data / "spider-data/go").touch()
     assert site.wait_job(running)["status"] == "SUCCESSFUL"
     assert saved()[running]["status"] == "RUNNING"
@@ -6947,7 +7407,7 @@ def test_events_are_log_lines_that_cannot_be_faked(outside):
 
 
 @pytest.mark.parametrize("is_abstract", [False, True])
-def test_a_service_manager_is_told_of_the_start_and_the_stop(outside, tmp_path, is_abstract):
+def test_a_service_manager_is_told_of_the_start_a_reload_and_the_stop(outside, tmp_path, is_abstract):
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
         name = f"scrapy-do-{uuid.uuid4()}" if is_abstract else str(tmp_path / "notify")
         manager.bind("\0" + name if is_abstract else name)
@@ -6956,6 +7416,12 @@ def test_a_service_manager_is_told_of_the_start_and_the_stop(outside, tmp_path, 
         assert manager.recv(100) == b"READY=1"
         site.push(speaker='echo "${NOTIFY_SOCKET-none}"')
         assert site.log(site.wait_job(site.schedule("speaker"))["identifier"], "out") == "none\n"
+        before = time.clock_gettime(time.CLOCK_MONOTONIC)
+        site.reload()
+        reloading, moment = manager.recv(100).split(b"\nMONOTONIC_USEC=")
+        assert reloading == b"RELOADING=1"
+        assert before < int(moment) / 1e6 < time.clock_gettime(time.CLOCK_MONOTONIC)
+        assert manager.recv(100) == b"READY=1"
         site.process.send_signal(signal.SIGTERM)
         assert manager.recv(100) == b"STOPPING=1"
         assert site.process.wait(30) == 0
@@ -6964,7 +7430,7 @@ def test_a_service_manager_is_told_of_the_start_and_the_stop(outside, tmp_path, 
 def test_the_file_stays_short_enough_to_be_read():
     """Growing is a decision: whoever raises the number has looked for the simpler shape."""
     source = MODULE.read_text()
-    assert len(source.splitlines()) <= 3855
+    assert len(source.splitlines()) <= 4038
     banners = re.findall(r"^# ---- ([0-9]+)\. ", source, re.MULTILINE)
     assert banners == [str(number) for number in range(1, 11)]
 
