@@ -2519,6 +2519,9 @@ class Request(NamedTuple):
     is_old: bool  # speaks HTTP/1.0
 
 
+NO_REQUEST = Request("", "", "", b"", {}, None, keeps_alive=False, is_old=False)
+
+
 def parse_head(head: bytes) -> Request:
     """Return the request that a head describes. Raise BadRequest or HttpError for one that is not sound HTTP/1."""
     first, *lines = head.split(b"\r\n")
@@ -2711,7 +2714,7 @@ class Route(NamedTuple):
     """An endpoint: what it is called, how, the function that answers, and its parameters."""
 
     name: str
-    method: str
+    methods: tuple[str, ...]
     answer: Callable[..., dict[str, Any]]
     required: tuple[str, ...] = ()
     optional: tuple[str, ...] = ()
@@ -2766,23 +2769,24 @@ def list_jobs(daemon: Daemon, **form: str) -> dict[str, Any]:
     return {"jobs": daemon.jobs(groups[form["status"]], form.get("project"), form.get("spider"), limit)}
 
 
+READS, CHANGES = ("GET", "HEAD"), ("POST",)
 ROUTES = {
     f"/{route.name}": route
     for route in (
-        Route("status.json", "GET", Daemon.status, is_quick=True),
-        Route("push-project.json", "POST", lambda daemon, archive: daemon.push(archive), ("archive",)),
-        Route("list-projects.json", "GET", lambda daemon: {"projects": daemon.projects()}, is_quick=True),
-        Route("list-spiders.json", "GET", Daemon.spiders, ("project",), is_quick=True),
+        Route("status.json", READS, Daemon.status, is_quick=True),
+        Route("push-project.json", CHANGES, lambda daemon, archive: daemon.push(archive), ("archive",)),
+        Route("list-projects.json", READS, lambda daemon: {"projects": daemon.projects()}, is_quick=True),
+        Route("list-spiders.json", READS, Daemon.spiders, ("project",), is_quick=True),
         Route(
-            "schedule-job.json", "POST", Daemon.schedule,
+            "schedule-job.json", CHANGES, Daemon.schedule,
             ("project", "spider", "when"), ("description", "payload", "timeout"), ("arg", "setting"),
         ),
-        Route("list-jobs.json", "GET", list_jobs, (), ("status", "id", "project", "spider", "limit")),
-        Route("cancel-job.json", "POST", lambda daemon, id: daemon.cancel(id), ("id",)),
-        Route("remove-project.json", "POST", Daemon.remove, ("name",)),
+        Route("list-jobs.json", READS, list_jobs, (), ("status", "id", "project", "spider", "limit")),
+        Route("cancel-job.json", CHANGES, lambda daemon, id: daemon.cancel(id), ("id",)),
+        Route("remove-project.json", CHANGES, Daemon.remove, ("name",)),
     )
 }  # fmt: skip
-LOG_ROUTE = Route("get-log", "GET", dict, (), ("follow", "tail"))
+LOG_ROUTE = Route("get-log", READS, dict, (), ("follow", "tail"))
 
 
 class Tls:
@@ -2848,7 +2852,7 @@ class Guard:
         host = request.headers.get("host", "").lower()
         if host and not self._is_own_name(host):
             raise Forbidden(f"{host!r:.100} is no name of this machine; if it should be, start with --allow-host NAME")
-        if request.method not in ("GET", "HEAD") and self._is_foreign_page(request.headers, host):
+        if request.method not in READS and self._is_foreign_page(request.headers, host):
             raise Forbidden("a web page of another site must not change anything here")
         if self._wants_user:
             self._check_user(request)
@@ -2922,14 +2926,14 @@ def is_same(text: str, other: str) -> bool:
     return hmac.compare_digest(text.encode(), other.encode())
 
 
-class Handler:
+class Handler(Wire):
     """Answer the requests of one connection, one after another, be it in the accept loop or in a thread."""
 
     def __init__(self, server: Server, connection: socket.socket, address: str):
+        super().__init__(connection, server.rules.request_timeout)
         self.server, self.address = server, address
-        self.wire = Wire(connection, server.rules.request_timeout)
-        self.request: Request | None = None  # what is to be answered
-        self.refusal: ScrapyDoError | None = None  # why it is not sound
+        self.request = NO_REQUEST  # what is to be answered
+        self.refusal: ScrapyDoError | None = None  # why it must be refused, perhaps before its head could be read
         self.is_read = False  # all of the request is, so that it is known where the next one begins
         self.is_last = False  # nothing may follow on this connection
         self.due = 0.0  # when the head of the next request must be there; 0 when that is yet to be set
@@ -2941,22 +2945,22 @@ class Handler:
         except Exception as error:
             if not isinstance(error, Gone):
                 log_crash("a connection")
-            self.request = self.refusal = None
-            self.wire.unsent = b""
+            self._forget_request()
+            self.unsent = b""
             self.is_read = self.is_last = True
 
     def receive(self) -> None:
         """Take in what has arrived, and answer what that can be done for without waiting for anything."""
-        self.wire.more()
-        self.find_request()
+        self.more()
+        self._find_request()
         if self._is_quick():
             self.answer()
 
-    def find_request(self) -> None:
+    def _find_request(self) -> None:
         """Find the next request, or why it must be refused, if its head has arrived."""
         self.is_read = False
         try:
-            if (head := self.wire.take_head()) is not None:
+            if (head := self.take_head()) is not None:
                 self.request = parse_head(head)
                 self.is_last = not self.request.keeps_alive
                 self.is_read = self.request.length == 0
@@ -2964,43 +2968,43 @@ class Handler:
         except ScrapyDoError as error:
             self.refusal = error
 
-    def _is_quick(self) -> bool:
-        """Tell whether there is a request that can be answered at once, and nothing follows it yet."""
-        if self.wire.buffer:
-            return False
-        if self.refusal is not None:
-            return not isinstance(self.refusal, WrongPassword)
-        route = ROUTES.get(self.request.path) if self.request is not None else None
-        return route is not None and route.is_quick
+    def _forget_request(self) -> None:
+        self.request, self.refusal, self.due = NO_REQUEST, None, 0.0
 
     def _has_work(self) -> bool:
-        return self.request is not None or self.refusal is not None
+        return self.request is not NO_REQUEST or self.refusal is not None
+
+    def _is_quick(self) -> bool:
+        """Tell whether there is a request that can be answered at once, and nothing follows it yet."""
+        if self.buffer or isinstance(self.refusal, WrongPassword):
+            return False
+        route = ROUTES.get(self.request.path)
+        return self.refusal is not None or (route is not None and route.is_quick)
 
     def needs_thread(self) -> bool:
         """Tell whether there is something that the accept loop must not wait for."""
-        return self._has_work() or self.wire.unsent != b"" or (self.is_last and not self.is_read)
+        return self._has_work() or self.unsent != b"" or (self.is_last and not self.is_read)
 
     def work(self) -> None:
         """Do in a thread what the accept loop must not wait for, up to where the next request is not there yet."""
-        self.wire.expect(self.wire.seconds)
-        self.wire.send(self.wire.unsent)
+        self.expect(self.seconds)
+        self.send(self.unsent)
         while self._has_work():
-            self.wire.expect(self.wire.seconds)
+            self.expect(self.seconds)
             self.answer()
             if not self.is_last:
-                self.find_request()
+                self._find_request()
         if self.is_last and not self.is_read:
-            self.wire.linger()
-        self.wire.wait_no_more()
+            self.linger()
+        self.wait_no_more()
 
     def answer(self) -> None:
         """Answer the request that was found. Raise Gone when the client is."""
         try:
             if isinstance(self.refusal, WrongPassword):
                 time.sleep(PENALTY_SECONDS)
-            if self.refusal is not None:
+            if self.refusal:
                 raise self.refusal
-            assert self.request is not None
             self._answer(self.request)
         except ScrapyDoError as error:
             self._refuse(error)
@@ -3010,16 +3014,15 @@ class Handler:
             log_crash("answering a request")
             self._refuse(HttpError(500, "the daemon met an error of its own; its log has the details"))
         finally:
-            self.request = self.refusal = None
-            self.due = 0.0
+            self._forget_request()
 
     def _answer(self, request: Request) -> None:
         route = ROUTES.get(request.path)
-        log_path = LOG_PATH.fullmatch(request.path) if route is None else None
+        log_path = None if route else LOG_PATH.fullmatch(request.path)
         if not (route or log_path or request.path == "/"):
             paths = ", ".join(["/", *ROUTES, "/get-log/data/ID.out", "/get-log/data/ID.err"])
             raise NotFound(f"there is no {request.path:.100}; the paths that exist are {paths}")
-        methods = ("GET", "HEAD") if route is None or route.method == "GET" else (route.method,)
+        methods = route.methods if route else READS
         if request.method not in methods:
             raise HttpError(405, f"{request.path} is asked for by {methods[0]}", ("Allow", ", ".join(methods)))
         if route:
@@ -3039,7 +3042,7 @@ class Handler:
                 upload.unlink(missing_ok=True)
 
     def _fields(self, route: Route, request: Request) -> Iterator[Field]:
-        if route.method == "GET":
+        if route.methods == READS:
             return urlencoded_fields(iter([request.query]))
         if request.query:
             raise BadRequest(f"{route.name} takes its parameters from the body (curl -F or -d), not the address")
@@ -3047,26 +3050,26 @@ class Handler:
 
     def _body(self, request: Request) -> Iterator[bytes]:
         """Ask for the body and yield it. Raise TooLarge as soon as it is longer than allowed."""
-        started, received, most = time.monotonic(), 0, self.server.rules.max_upload
-        too_large = TooLarge(f"the body is larger than {most} MiB; see --max-upload")
-        if request.length is not None and request.length > most * MIB:
+        most, received, started = self.server.rules.max_upload * MIB, 0, time.monotonic()
+        too_large = TooLarge(f"the body is larger than {most // MIB} MiB; see --max-upload")
+        if request.length and request.length > most:
             raise too_large
         expectation = request.headers.get("expect", "").lower()
         if expectation not in ("", "100-continue"):
             raise HttpError(417, f"the expectation {expectation!r:.40} cannot be met")
         if expectation and not self.is_read:
-            self.wire.send(b"HTTP/1.1 100 Continue\r\n\r\n")
-        for piece in self.wire.chunked() if request.length is None else self.wire.counted(request.length):
+            self.send(b"HTTP/1.1 100 Continue\r\n\r\n")
+        for piece in self.chunked() if request.length is None else self.counted(request.length):
             received += len(piece)
-            if received > most * MIB:
+            if received > most:
                 raise too_large
-            self.wire.expect(started + self.wire.seconds + received / BODY_BYTES_PER_SECOND - time.monotonic())
+            self.expect(started + self.seconds + received / BODY_BYTES_PER_SECOND - time.monotonic())
             yield piece
         self.is_read = True
 
     def _refuse(self, error: ScrapyDoError) -> None:
         if error.status != 401 or isinstance(error, WrongPassword):  # that a password is wanted is no event
-            what = f"{self.request.method} {self.request.path:.100}" if self.request is not None else "a request"
+            what = f"{self.request.method} {self.request.path:.100}".strip() or "a request"
             log(f"{what} from {self.address} was refused with {error.status}: {error}")
         self._send_json(error.status, {"status": "error", "msg": str(error)}, getattr(error, "headers", ()))
 
@@ -3081,7 +3084,7 @@ class Handler:
         """
         frame = f"Content-Length: {length}\r\n"
         if length is None:
-            frame = "" if self._speaks_1_0() else "Transfer-Encoding: chunked\r\n"
+            frame = "" if self.request.is_old else "Transfer-Encoding: chunked\r\n"
         self.is_last = self.is_last or not self.is_read or not frame
         head = (
             f"HTTP/1.1 {status} {REASONS[status]}\r\nContent-Type: {kind}\r\n{frame}"
@@ -3089,17 +3092,7 @@ class Handler:
             f"Connection: {'close' if self.is_last else 'keep-alive'}\r\n"  # HTTP/1.0 wants to be told
         )
         head += "".join(f"{name}: {value}\r\n" for name, value in headers) + "\r\n"
-        self.wire.send(head.encode("latin-1") + (b"" if self._is_head() else data))
-
-    def _send_chunk(self, data: bytes) -> None:
-        """Send a piece of an answer without a length; an empty one ends it."""
-        self.wire.send(data if self._speaks_1_0() else b"%x\r\n%b\r\n" % (len(data), data))
-
-    def _speaks_1_0(self) -> bool:
-        return self.request is not None and self.request.is_old
-
-    def _is_head(self) -> bool:
-        return self.request is not None and self.request.method == "HEAD"
+        self.send(head.encode("latin-1") + (b"" if self.request.method == "HEAD" else data))
 
     def _send_log(self, request: Request, identifier: str, stream: str) -> None:
         """Send what a log holds now, the part of it that is asked for, or all that comes until its job has ended."""
@@ -3110,7 +3103,7 @@ class Handler:
             size = os.fstat(file.fileno()).st_size
             start = tail_start(file, size, lines)
             if not is_followed:
-                asked = None if lines is not None else BYTE_RANGE.fullmatch(request.headers.get("range", ""))
+                asked = BYTE_RANGE.fullmatch(request.headers.get("range", "")) if lines is None else None
                 self._send_part(file, start, size, asked)
         if is_followed:
             self._follow_log(path, identifier, start)
@@ -3123,13 +3116,13 @@ class Handler:
             status, headers = 206, [*headers, ("Content-Range", f"bytes {start}-{end - 1}/{size}")]
         pieces = read_part(file, start, end)
         self._send(status, LOG_TYPE, end - start, next(pieces, b""), headers)
-        for piece in () if self._is_head() else pieces:
-            self.wire.send(piece)
+        for piece in () if self.request.method == "HEAD" else pieces:
+            self.send(piece)
 
     def _follow_log(self, path: Path, identifier: str, start: int) -> None:
         """Send a log as it grows, until its job has ended, the daemon stops or the client goes."""
         self._send(200, LOG_TYPE, None, b"")
-        while not self._is_head():
+        while self.request.method != "HEAD":
             is_over = self.server.is_over or not self.server.daemon.writes_log(identifier)  # asked before it is read
             with open_log(path) as file:
                 size = os.fstat(file.fileno()).st_size
@@ -3139,7 +3132,11 @@ class Handler:
                 self._send_chunk(b"")
                 return
             start = size
-            self.wire.pause(FOLLOW_SECONDS)
+            self.pause(FOLLOW_SECONDS)
+
+    def _send_chunk(self, data: bytes) -> None:
+        """Send a piece of an answer without a length; an empty one ends it."""
+        self.send(data if self.request.is_old else b"%x\r\n%b\r\n" % (len(data), data))
 
 
 @functools.lru_cache(maxsize=2)
@@ -3186,10 +3183,8 @@ def tail_start(file: IO[bytes], size: int, lines: int | None) -> int:
 def range_of(match: re.Match[str], size: int) -> tuple[int, int]:
     """Return where the range of a Range header begins and ends in so many bytes, RFC 9110 section 14.1.2."""
     first, last = match.groups()
-    if first:
-        start, end = int(first), min(size, int(last) + 1) if last else size
-    else:
-        start, end = max(0, size - int(last or 0)), size
+    start = int(first) if first else max(0, size - int(last or 0))
+    end = min(size, int(last) + 1) if first and last else size
     if start >= end:
         raise HttpError(416, f"the log has {size} bytes; nothing is there yet", ("Content-Range", f"bytes */{size}"))
     return start, end
@@ -3249,7 +3244,7 @@ class Server:
 
     def _end_wait(self, handler: Handler) -> None:
         """Refuse a request that has not arrived in time; who has not begun one is let go without a word."""
-        if handler.wire.buffer:
+        if handler.buffer:
             handler.refusal = HttpError(408, TOO_SLOW)
             handler.attempt(handler.answer)
             self._go_on(handler)
@@ -3309,7 +3304,7 @@ class Server:
             self._park(handler)
 
     def _park(self, handler: Handler) -> None:
-        number = handler.wire.socket.fileno()
+        number = handler.socket.fileno()
         if number not in self._parked:
             self._selector.register(number, selectors.EVENT_READ)
         if not handler.due:
@@ -3318,13 +3313,13 @@ class Server:
             self._parked[number] = handler  # as the last one
 
     def _unpark(self, handler: Handler) -> None:
-        number = handler.wire.socket.fileno()
+        number = handler.socket.fileno()
         if self._parked.pop(number, None):
             self._selector.unregister(number)
 
     def _close(self, handler: Handler) -> None:
         self._unpark(handler)
-        handler.wire.close()
+        handler.close()
         self._connection_count -= 1
 
     def _give(self, handler: Handler) -> None:
@@ -3404,6 +3399,29 @@ def command(text: str) -> tuple[str, ...]:
     return (os.path.abspath(words[0]) if "/" in words[0] else words[0], *words[1:])
 
 
+OPTIONS = (  # the name, the check, what stands for the value in the help, and what it means
+    ("--host", str, "HOST", "address to listen on (%(default)s: this machine only)"),
+    ("--port", whole_number(0, 65535), "PORT", "port to listen on, 0 for any (%(default)s)"),
+    ("--data-dir", Path, "DIR", "where everything is kept (./%(default)s)"),
+    ("--job-slots", whole_number(1, 1000), "COUNT", "crawls that run at once (%(default)s)"),
+    ("--completed-cap", whole_number(1), "COUNT", "finished jobs to keep with their logs (%(default)s)"),
+    ("--keep-days", whole_number(1), "DAYS", "days after which finished jobs are forgotten"),
+    ("--keep-mib", whole_number(1), "MIB", "the most that logs of finished jobs may fill"),
+    ("--scrapy", command, "CMD", "the command that is Scrapy (this Python's '-m scrapy')"),
+    ("--kill-after", seconds, "SECONDS", "from SIGTERM to SIGKILL (%(default)g)"),
+    ("--job-timeout", seconds, "SECONDS", "for crawls whose job has no timeout (0: no limit)"),
+    ("--list-timeout", seconds, "SECONDS", "for 'scrapy list' (%(default)g)"),
+    ("--on-finish", command, "CMD", "started after each run, the job is its input"),
+    ("--max-upload", whole_number(1, 10**6), "MIB", "largest body (%(default)s)"),
+    ("--max-connections", whole_number(1, 10**5), "COUNT", "clients at once (%(default)s)"),
+    ("--request-timeout", seconds, "SECONDS", "for a request to arrive (%(default)g)"),
+    ("--auth-file", Path, "FILE", "users who may come in, a line USER:PASSWORD each"),
+    ("--tls-cert", Path, "FILE", "certificate chain; with it only HTTPS is spoken"),
+    ("--tls-key", Path, "FILE", "its private key, if that is in a file of its own"),
+    ("--tls-password-file", Path, "FILE", "the password of the key, if it has one"),
+)
+
+
 def parse_options(argv: list[str] | None) -> argparse.Namespace:
     """Return the options; None takes them from the command line. Wrong ones end the process with status 2."""
     parser = argparse.ArgumentParser(
@@ -3411,30 +3429,13 @@ def parse_options(argv: list[str] | None) -> argparse.Namespace:
         epilog="@FILE takes options from a file, one word a line. The README explains schedules and the API.",
     )  # fmt: skip
     add = parser.add_argument
-    add("--host", default="127.0.0.1", help="address to listen on (%(default)s: this machine only)")
-    add("--port", type=whole_number(0, 65535), default=7654, help="port to listen on, 0 for any (%(default)s)")
-    add("--data-dir", type=Path, default=Path("scrapy-do-data"), help="where everything is kept (./%(default)s)")
-    add("--job-slots", type=whole_number(1, 1000), help="crawls that run at once (%(default)s)")
-    add("--completed-cap", type=whole_number(1), help="finished jobs to keep with their logs (%(default)s)")
-    add("--keep-days", type=whole_number(1), metavar="DAYS", help="days after which finished jobs are forgotten")
-    add("--keep-mib", type=whole_number(1), metavar="MIB", help="the most that logs of finished jobs may fill")
-    add("--scrapy", type=command, metavar="CMD", help="the command that is Scrapy (this Python's '-m scrapy')")
-    add("--kill-after", type=seconds, metavar="SECONDS", help="from SIGTERM to SIGKILL (%(default)g)")
-    add("--job-timeout", type=seconds, metavar="SECONDS", help="for crawls whose job has no timeout (0: no limit)")
-    add("--list-timeout", type=seconds, metavar="SECONDS", help="for 'scrapy list' (%(default)g)")
-    add("--on-finish", type=command, metavar="CMD", help="started after each run, the job is its input")
-    add("--max-upload", type=whole_number(1, 10**6), metavar="MIB", help="largest body (%(default)s)")
-    add("--max-connections", type=whole_number(1, 10**5), metavar="COUNT", help="clients at once (%(default)s)")
-    add("--request-timeout", type=seconds, metavar="SECONDS", help="for a request to arrive (%(default)g)")
-    add("--auth-file", type=Path, metavar="FILE", help="users who may come in, a line USER:PASSWORD each")
+    for name, check, metavar, meaning in OPTIONS:
+        add(name, type=check, metavar=metavar, help=meaning)
     add("--no-auth", action="store_true", help="let everybody in who reaches the port, whatever --host is")
     add("--allow-host", action="append", metavar="NAME", help="another name by which clients may call this machine")
-    add("--tls-cert", type=Path, metavar="FILE", help="certificate chain; with it only HTTPS is spoken")
-    add("--tls-key", type=Path, metavar="FILE", help="its private key, if that is in a file of its own")
-    add("--tls-password-file", type=Path, metavar="FILE", help="the password of the key, if it has one")
     add("--version", action="version", version=f"scrapy-do {__version__}")
-    limits = ("max_upload", "max_connections", "request_timeout")
-    parser.set_defaults(**Settings()._asdict(), **{name: Rules._field_defaults[name] for name in limits})
+    parser.set_defaults(host="127.0.0.1", port=7654, data_dir=Path("scrapy-do-data"))
+    parser.set_defaults(**Settings()._asdict(), **Rules(allow_host=[])._asdict())
     options = parser.parse_args(argv)
     if options.auth_file and options.no_auth:
         parser.error("--auth-file and --no-auth contradict each other")
@@ -3454,12 +3455,13 @@ def read_users(path: Path) -> dict[str, str]:
         raise ScrapyDoError(f"the users cannot be read from {path}: {error}; see --auth-file") from None
     users: dict[str, str] = {}
     for number, line in enumerate(lines, 1):
-        name, _, password = line.rstrip("\r").partition(":")
-        if line.strip() and not (name and password):
-            raise ScrapyDoError(f"line {number} of {path} is not of the form user:password")
+        name, _, password = line.partition(":")
         if name in users:
             raise ScrapyDoError(f"line {number} of {path} has the user of an earlier line again")
-        users |= {name: password} if password else {}
+        if name and password:
+            users[name] = password
+        elif line.strip():
+            raise ScrapyDoError(f"line {number} of {path} is not of the form user:password")
     if not users:
         raise ScrapyDoError(f"{path} has no users; write a line user:password for each")
     return users
@@ -3467,14 +3469,11 @@ def read_users(path: Path) -> dict[str, str]:
 
 def read_rules(options: argparse.Namespace) -> Rules:
     """Return what the options say of the server. Raise ScrapyDoError for files that do not do."""
-    return Rules(
-        max_upload=options.max_upload,
-        request_timeout=options.request_timeout,
-        max_connections=options.max_connections,
-        allow_host=tuple(options.allow_host or ()),
-        users=read_users(options.auth_file) if options.auth_file else None,
-        tls=Tls(options.tls_cert, options.tls_key, options.tls_password_file) if options.tls_cert else None,
-    )
+    if options.auth_file:
+        options.users = read_users(options.auth_file)
+    if options.tls_cert:
+        options.tls = Tls(options.tls_cert, options.tls_key, options.tls_password_file)
+    return Rules(**{name: getattr(options, name) for name in Rules._fields})
 
 
 def listen(options: argparse.Namespace, daemon: Daemon) -> Server:
