@@ -2320,6 +2320,7 @@ TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"  # RFC 9110, section 5.6.2
 REQUEST_LINE = re.compile(rb"(%s) (\S+) HTTP/([0-9])\.([0-9])" % TOKEN)
 ABSOLUTE_TARGET = re.compile(rb"https?://([^/?]*)", re.I)
 HEADER_LINE = re.compile(rb"(%s):([^\0\r\n]*)" % TOKEN)
+SINGLE_HEADERS = ("host", "content-length", "transfer-encoding", "content-type", "content-disposition")
 PARAMETER = re.compile(r'(?<![\w*-])([\w-]+)=(?:"((?:[^"\\]|\\.)*)"|([^\s,;"]*))', re.ASCII)
 PERCENTS = re.compile(rb"(?:%[0-9A-Fa-f]{2})+")
 REALM = "scrapy-do"
@@ -2344,7 +2345,8 @@ BOUNDARY_LENGTH = 200
 DELIMITER_BYTES = BOUNDARY_LENGTH + 70  # the longest line that ends a part, which may be padded
 TOO_SLOW = "the request took too long to arrive"
 Headers = Iterable[tuple[str, str]]
-Field = tuple[str, Iterator[bytes]]  # a parameter's name and the pieces of its value
+Stream = Iterator[bytes]  # pieces of any size
+Field = tuple[str, Stream]  # a parameter's name and its value
 
 
 class HttpError(ScrapyDoError):
@@ -2366,7 +2368,7 @@ class Gone(Exception):
 class Pieces:
     """A buffer over pieces of bytes that arrive one by one."""
 
-    def __init__(self, pieces: Iterator[bytes], start: bytes = b""):
+    def __init__(self, pieces: Stream, start: bytes = b""):
         self._pieces = pieces
         self.buffer = bytearray(start)
 
@@ -2435,7 +2437,7 @@ class Wire(Pieces):
             raise HttpError(431, f"the head of the request is longer than {HEAD_BYTES} bytes")
         return self.take(at + 4)[:at].removeprefix(b"\r\n") if at >= 0 else None
 
-    def counted(self, length: int) -> Iterator[bytes]:
+    def counted(self, length: int) -> Stream:
         """Yield so many bytes."""
         while length:
             if not self.buffer:
@@ -2444,7 +2446,7 @@ class Wire(Pieces):
             length -= len(piece)
             yield piece
 
-    def chunked(self) -> Iterator[bytes]:
+    def chunked(self) -> Stream:
         """Decode a chunked body, RFC 9112 section 7.1; extensions and trailers are ignored."""
         bad = BadRequest("the chunked body is broken")
         while True:
@@ -2538,16 +2540,15 @@ def parse_head(head: bytes) -> Request:
         raise BadRequest("the Host header is missing")
     wish = headers.get("connection", "").lower()
     keeps_alive = "close" not in wish
-    if is_old:  # RFC 9112, section 6.1, and RFC 9110, section 10.1.1
+    if is_old:  # RFC 9112, sections 9.3 and 6.1
         keeps_alive = keeps_alive and "keep-alive" in wish and "transfer-encoding" not in headers
-        headers.pop("expect", None)
     path, _, query = target.partition(b"?")
     if match := ABSOLUTE_TARGET.match(path):  # its host counts, RFC 9112 section 3.2.2
         headers["host"] = match[1].decode("latin-1")
         path = path[match.end() :]
-    text = decode_text(decode_percent(path), "path")
+    place = decode_text(decode_percent(path), "path")
     length = body_length(headers)
-    return Request(method.decode(), target.decode("latin-1"), text, query, headers, length, keeps_alive, is_old)
+    return Request(method.decode(), target.decode("latin-1"), place, query, headers, length, keeps_alive, is_old)
 
 
 def parse_headers(lines: list[bytes]) -> dict[str, str]:
@@ -2560,7 +2561,7 @@ def parse_headers(lines: list[bytes]) -> dict[str, str]:
         if match is None:
             raise BadRequest(f"this is not a header: {line[:80].decode('latin-1')!r}")
         name, value = match[1].decode().lower(), match[2].strip(b" \t").decode("latin-1")
-        if name in headers and name in ("host", "content-length", "transfer-encoding", "content-type"):
+        if name in headers and name in SINGLE_HEADERS:
             raise BadRequest(f"the header {name} is there twice")
         headers[name] = f"{headers[name]}, {value}" if name in headers else value
     return headers
@@ -2580,7 +2581,7 @@ def body_length(headers: Mapping[str, str]) -> int | None:
 
 def parameters_of(text: str) -> dict[str, str]:
     """Return the parameters in the value of a header by their lower-case names, RFC 9110 section 5.6.6."""
-    found = reversed([*PARAMETER.finditer(text)])  # of two with one name the first counts
+    found = PARAMETER.finditer(text)
     return {match[1].lower(): re.sub(r"\\(.)", r"\1", match[2] or match[3] or "") for match in found}
 
 
@@ -2597,17 +2598,17 @@ def decode_text(data: bytes, what: str) -> str:
         raise BadRequest(f"the {what} is not UTF-8") from None
 
 
-def urlencoded_fields(pieces: Iterator[bytes]) -> Iterator[Field]:
+def urlencoded_fields(pieces: Stream) -> Iterator[Field]:
     """Yield the fields of `application/x-www-form-urlencoded` data; a value may be of any size, and binary."""
     source = Pieces(itertools.chain(pieces, [b"&"]))
     while source.buffer or source.more():
-        name = decode_text(join_pieces(urlencoded_text(source, b"[=&]"), "name of a parameter"), "name of a parameter")
+        name = decode_text(join_pieces(urlencoded_text(source, b"[=&]"), what := "name of a parameter"), what)
         has_value = source.take(1) == b"="
         if name or has_value:
             yield name, urlencoded_text(source, b"&") if has_value else iter(())
 
 
-def urlencoded_text(source: Pieces, end: bytes) -> Iterator[bytes]:
+def urlencoded_text(source: Pieces, end: bytes) -> Stream:
     """Yield what comes before a pattern that is sure to come."""
     while not (mark := re.search(end, source.buffer)):
         cut = source.buffer.find(b"%", -2)  # a %XX that may not be complete yet
@@ -2616,7 +2617,7 @@ def urlencoded_text(source: Pieces, end: bytes) -> Iterator[bytes]:
     yield decode_percent(source.take(mark.start()).replace(b"+", b" "))
 
 
-def multipart_fields(pieces: Iterator[bytes], boundary: bytes) -> Iterator[Field]:
+def multipart_fields(pieces: Stream, boundary: bytes) -> Iterator[Field]:
     """Yield the fields of `multipart/form-data`, RFC 7578; only a whole delimiter line ends a part."""
     source = Pieces(pieces, b"\r\n")
     delimiter = re.compile(rb"\r\n--%b(?:(?=--)|[ \t]{0,64}(?=\r\n))" % re.escape(boundary))
@@ -2628,7 +2629,7 @@ def multipart_fields(pieces: Iterator[bytes], boundary: bytes) -> Iterator[Field
         source.buffer.clear()
 
 
-def multipart_value(source: Pieces, delimiter: re.Pattern[bytes]) -> Iterator[bytes]:
+def multipart_value(source: Pieces, delimiter: re.Pattern[bytes]) -> Stream:
     """Yield one part's content and step over the delimiter; the two bytes after it, CR LF or `--`, stay."""
     while not (end := delimiter.search(source.buffer)):
         yield source.take(max(0, len(source.buffer) - DELIMITER_BYTES))
@@ -2649,7 +2650,7 @@ def part_name(source: Pieces) -> str:
     return decode_text(name.encode("latin-1"), "name of a part")
 
 
-def json_fields(pieces: Iterator[bytes], repeatable: tuple[str, ...] = ()) -> Iterator[Field]:
+def json_fields(pieces: Stream, repeatable: tuple[str, ...] = ()) -> Iterator[Field]:
     """Yield the members of a JSON object; an object, like a payload, or a number as its JSON text.
 
     Those of the `repeatable` names may be lists.
@@ -2669,13 +2670,12 @@ def json_fields(pieces: Iterator[bytes], repeatable: tuple[str, ...] = ()) -> It
     for name, value in document.items():
         for item in value if name in repeatable and isinstance(value, list) else [value]:
             if type(item) not in (str, dict, int, float):
-                more = " or a list of strings" if name in repeatable else ""
-                raise BadRequest(f"the parameter '{name:.40}' must be a string{more}")
+                raise BadRequest(f"the parameter '{name:.40}' must be a string, or a list if it may be repeated")
             text = item if isinstance(item, str) else encode_json(item)
             yield name, iter([text.encode("utf-8", "surrogatepass")])
 
 
-def join_pieces(pieces: Iterator[bytes], what: str) -> bytes:
+def join_pieces(pieces: Stream, what: str) -> bytes:
     """Return all pieces as one. Raise TooLarge for more than a text may have."""
     joined = bytearray()
     for piece in pieces:
@@ -2685,7 +2685,7 @@ def join_pieces(pieces: Iterator[bytes], what: str) -> bytes:
     return bytes(joined)
 
 
-def read_fields(headers: Mapping[str, str], pieces: Iterator[bytes], repeatable: tuple[str, ...]) -> Iterator[Field]:
+def read_fields(headers: Mapping[str, str], pieces: Stream, repeatable: tuple[str, ...]) -> Iterator[Field]:
     """Yield the fields of a body by its content type. Raise HttpError for one that is not known."""
     kind, _, rest = headers.get("content-type", "application/x-www-form-urlencoded").partition(";")
     kind = kind.strip().lower()
@@ -2701,7 +2701,7 @@ def read_fields(headers: Mapping[str, str], pieces: Iterator[bytes], repeatable:
     return multipart_fields(pieces, boundary.encode("latin-1"))
 
 
-def save_pieces(pieces: Iterator[bytes], path: Path) -> None:
+def save_pieces(pieces: Stream, path: Path) -> None:
     """Write pieces to a new file as they come. Raise StorageError when the disk does not take them."""
     try:
         with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
@@ -2877,16 +2877,16 @@ class Guard:
             is_right = self._is_password(rest)
         else:
             wanted = "a user and a password are wanted here, as curl sends them with --anyauth -u NAME"
-            raise HttpError(401, f"{wanted}; Basic is taken over TLS only", *self._challenges())
+            raise self._challenge(f"{wanted}; Basic is taken over TLS only")
         if not is_right:
-            raise WrongPassword(401, "the user or the password is wrong", *self._challenges())
+            raise self._challenge("the user or the password is wrong", WrongPassword)
         if is_digest and not any(is_same(fields.get("nonce", ""), nonce) for nonce in self._nonces()):
-            raise HttpError(401, "the nonce has expired", *self._challenges(", stale=true"))
+            raise self._challenge("the nonce has expired", more=", stale=true")
 
-    def _challenges(self, more: str = "") -> list[tuple[str, str]]:
+    def _challenge(self, message: str, kind: type[HttpError] = HttpError, more: str = "") -> HttpError:
         start = f'Digest realm="{REALM}", nonce="{self._nonces()[0]}", qop="auth", charset=UTF-8{more}, algorithm='
         ways = [start + name for name in ALGORITHMS] + [f'Basic realm="{REALM}"'] * self._is_tls
-        return [("WWW-Authenticate", way) for way in ways]
+        return kind(401, message, *[("WWW-Authenticate", way) for way in ways])
 
     def _nonces(self) -> list[str]:
         """Return the nonces that are taken now, the one to give out first; only this daemon can have made them."""
@@ -3048,7 +3048,7 @@ class Handler(Wire):
             raise BadRequest(f"{route.name} takes its parameters from the body (curl -F or -d), not the address")
         return read_fields(request.headers, self._body(request), route.repeatable)
 
-    def _body(self, request: Request) -> Iterator[bytes]:
+    def _body(self, request: Request) -> Stream:
         """Ask for the body and yield it. Raise TooLarge as soon as it is longer than allowed."""
         most, received, started = self.server.rules.max_upload * MIB, 0, time.monotonic()
         too_large = TooLarge(f"the body is larger than {most // MIB} MiB; see --max-upload")
@@ -3057,7 +3057,7 @@ class Handler(Wire):
         expectation = request.headers.get("expect", "").lower()
         if expectation not in ("", "100-continue"):
             raise HttpError(417, f"the expectation {expectation!r:.40} cannot be met")
-        if expectation and not self.is_read:
+        if expectation and not self.is_read and not request.is_old:  # which knows no 100, RFC 9110 section 10.1.1
             self.send(b"HTTP/1.1 100 Continue\r\n\r\n")
         for piece in self.chunked() if request.length is None else self.counted(request.length):
             received += len(piece)
@@ -3155,7 +3155,7 @@ def whole_number_of(form: Mapping[str, str], name: str, most: int, least: int = 
     return int(text)
 
 
-def read_part(file: IO[bytes], start: int, end: int) -> Iterator[bytes]:
+def read_part(file: IO[bytes], start: int, end: int) -> Stream:
     """Yield a part of a file. Raise Gone when that is cut short meanwhile: the client must not wait for the rest."""
     file.seek(start)
     while start < end:
@@ -3204,6 +3204,7 @@ class Server:
         family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
         self.socket = socket.create_server(address, family=family, backlog=BACKLOG_COUNT)
         self.socket.setblocking(False)
+        self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # for all connections that come from it
         self.host, self.port = self.socket.getsockname()[:2]
         self._connection_count = 0
         self._parked: dict[int, Handler] = {}  # wait for a request, by file descriptor; the first of them is due first
@@ -3254,29 +3255,23 @@ class Server:
     def _accept(self) -> None:
         try:
             connection, address = self.socket.accept()
-        except OSError as error:
+            connection.setblocking(False)
+            if self.rules.tls is not None:
+                connection = self.rules.tls.wrap(connection)
+        except OSError as error:  # perhaps of a client that went at once
             if lacks_descriptors(error):
                 time.sleep(DESCRIPTOR_SECONDS)
             return
-        has_room = self._has_room()
-        try:
-            connection.setblocking(False)
-            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            if self.rules.tls is not None and has_room:
-                connection = self.rules.tls.wrap(connection)
-        except OSError:
-            connection.close()
-            return
-        self._connection_count += 1
         handler = Handler(self, connection, address[0])
-        if has_room:
+        self._connection_count += 1
+        if self._has_room():
             self._read(handler)
         else:
             self._turn_away(handler, "too many connections at once; try again later")
 
     def _has_room(self) -> bool:
-        """Tell whether one more connection may be had; who has kept a request back for longest gives way to it."""
-        if self._connection_count < self.rules.max_connections:
+        """Tell whether the newest connection may stay; who has kept a request back for longest gives way to it."""
+        if self._connection_count <= self.rules.max_connections:
             return True
         first = self._first()
         if first is None or first.due > time.monotonic() + self.rules.request_timeout - GRACE_SECONDS:
@@ -3501,7 +3496,7 @@ def tell_supervisor(state: str) -> None:
     address = os.environ.get("NOTIFY_SOCKET", "")
     with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as wire:
         if address:
-            wire.sendto(state.encode(), address.replace("@", "\0", 1) if address.startswith("@") else address)
+            wire.sendto(state.encode(), re.sub("^@", "\0", address))
 
 
 def serve(options: argparse.Namespace, stop: socket.socket) -> None:
