@@ -2569,14 +2569,16 @@ def parse_headers(lines: list[bytes]) -> dict[str, str]:
 
 def body_length(headers: Mapping[str, str]) -> int | None:
     """Return how long a body is, None for a chunked one. Raise BadRequest or HttpError unless that is plainly said."""
-    length, coding = headers.get("content-length", "0"), headers.get("transfer-encoding")
-    if coding is not None and "content-length" in headers:
+    if (coding := headers.get("transfer-encoding")) is None:
+        length = headers.get("content-length", "0")
+        if not re.fullmatch("[0-9]{1,18}", length):
+            raise BadRequest(f"the Content-Length {length!r:.40} is not a number")
+        return int(length)
+    if "content-length" in headers:
         raise BadRequest("there are both a Content-Length and a Transfer-Encoding")
-    if coding is not None and coding.lower() != "chunked":
+    if coding.lower() != "chunked":
         raise HttpError(501, f"the transfer coding {coding!r:.40} is not known; use chunked")
-    if not re.fullmatch("[0-9]{1,18}", length):
-        raise BadRequest(f"the Content-Length {length!r:.40} is not a number")
-    return int(length) if coding is None else None
+    return None
 
 
 def parameters_of(text: str) -> dict[str, str]:

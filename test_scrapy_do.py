@@ -6966,7 +6966,7 @@ def test_a_service_manager_is_told_of_the_start_and_the_stop(outside, tmp_path, 
 def test_the_file_stays_short_enough_to_be_read():
     """Growing is a decision: whoever raises the number has looked for the simpler shape."""
     source = MODULE.read_text()
-    assert len(source.splitlines()) <= 3762
+    assert len(source.splitlines()) <= 3764
     banners = re.findall(r"^# ---- ([0-9]+)\. ", source, re.MULTILINE)
     assert banners == [str(number) for number in range(1, 11)]
 
