@@ -2846,7 +2846,8 @@ class Guard:
         name = socket.gethostname().lower()
         self._aliases = {name.lower() for name in rules.allow_host}
         self._names = {"localhost", name, name.partition(".")[0], *self._aliases}
-        self._wants_user, self._users, self._is_tls = rules.users is not None, rules.users or {}, rules.tls is not None
+        self._wants_user, self._users = rules.users is not None, rules.users or {}
+        self._is_tls = rules.tls is not None
         self._secret = os.urandom(32).hex()
 
     def check(self, request: Request) -> None:
@@ -3257,12 +3258,15 @@ class Server:
     def _accept(self) -> None:
         try:
             connection, address = self.socket.accept()
-            connection.setblocking(False)
-            if self.rules.tls is not None:
-                connection = self.rules.tls.wrap(connection)
-        except OSError as error:  # perhaps of a client that went at once
-            if lacks_descriptors(error):
+        except OSError as error:
+            if not isinstance(error, (BlockingIOError, ConnectionError)):  # of a client that went at once
                 time.sleep(DESCRIPTOR_SECONDS)
+            return
+        connection.setblocking(False)
+        try:
+            connection = self.rules.tls.wrap(connection) if self.rules.tls else connection
+        except OSError:
+            connection.close()
             return
         handler = Handler(self, connection, address[0])
         self._connection_count += 1
