@@ -26,14 +26,13 @@ Threads
 Locks
     Daemon._lock     guards the published records and all that is derived from them; held for memory work only.
     Timer._wake      guards the agenda; may be taken inside Daemon._lock, never the other way round.
-    Server._lock     guards what the main thread and the http threads share.
+    The main thread and the http threads share nothing but two queues of connections.
 No thread unpacks, starts a process, syncs a file or reads from the network while it holds a lock.
 """
 from __future__ import annotations
 
 # Some modules that a start does not need are imported where they are used: they cost milliseconds and megabytes.
 import argparse
-import binascii
 import contextlib
 import errno
 import fcntl
@@ -2412,11 +2411,12 @@ TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"  # RFC 9110, section 5.6.2
 REQUEST_LINE = re.compile(rb"(%s) (\S+) HTTP/([0-9])\.([0-9])" % TOKEN)
 ABSOLUTE_TARGET = re.compile(rb"https?://([^/?]*)", re.I)
 HEADER_LINE = re.compile(rb"(%s):([^\0\r\n]*)" % TOKEN)
+SINGLE_HEADERS = ("host", "content-length", "transfer-encoding", "content-type", "content-disposition")
+PARAMETER = re.compile(r'(?<![\w*-])([\w-]+)=(?:"((?:[^"\\]|\\.)*)"|([^\s,;"]*))', re.ASCII)
+PERCENTS = re.compile(rb"(?:%[0-9A-Fa-f]{2})+")
 REALM = "scrapy-do"
 ALGORITHMS = {"SHA-256": "sha256", "MD5": "md5"}  # of Digest, as HTTP and as hashlib name them, the better one first
-AUTH_FIELD = re.compile(r'(?<![\w*-])([\w-]+)=(?:"((?:[^"\\]|\\.)*)"|([^\s,"]+))')
 IP_ADDRESS = re.compile(r"[0-9]{1,3}(?:\.[0-9]{1,3}){3}|\[[0-9a-f:.]+\]")
-PART_PARAMETER = re.compile(rb';[ \t]*(%s)=(?:"((?:[^"\\]|\\.)*)"|([^\s;"]*))[ \t]*' % TOKEN, re.DOTALL)
 LOG_PATH = re.compile(rf"/get-log/data/({JOB_PATTERN.pattern})\.(out|err)")
 REASONS = {
     200: "OK", 206: "Partial Content", 400: "Bad Request", 401: "Unauthorized", 403: "Forbidden", 404: "Not Found",
@@ -2427,15 +2427,17 @@ REASONS = {
     505: "HTTP Version Not Supported", 507: "Insufficient Storage",
 }  # fmt: skip
 BYTE_RANGE = re.compile(r"bytes=([0-9]{0,18})-([0-9]{0,18})", re.ASCII)
-CRLF = "\r\n"
 LOG_TYPE = "text/plain; charset=utf-8"
 PAGE_HEADERS = [  # nothing from elsewhere, and no frame around it, whose owner could lead a click
     ("Content-Security-Policy", "default-src 'none'; connect-src 'self'; script-src 'unsafe-inline'; "
      "style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"),
 ]  # fmt: skip
+BOUNDARY_LENGTH = 200
+DELIMITER_BYTES = BOUNDARY_LENGTH + 70  # the longest line that ends a part, which may be padded
 TOO_SLOW = "the request took too long to arrive"
 Headers = Iterable[tuple[str, str]]
-Field = tuple[str, Iterator[bytes]]  # a parameter's name and the pieces of its value
+Stream = Iterator[bytes]  # pieces of any size
+Field = tuple[str, Stream]  # a parameter's name and its value
 
 
 class HttpError(ScrapyDoError):
@@ -2457,7 +2459,7 @@ class Gone(Exception):
 class Pieces:
     """A buffer over pieces of bytes that arrive one by one."""
 
-    def __init__(self, pieces: Iterator[bytes], start: bytes = b""):
+    def __init__(self, pieces: Stream, start: bytes = b""):
         self._pieces = pieces
         self.buffer = bytearray(start)
 
@@ -2473,13 +2475,11 @@ class Pieces:
         del self.buffer[:count]
         return taken
 
-    def take_until(self, end: bytes, most: int, too_long: ScrapyDoError) -> bytes:
-        """Return what comes before `end`, which is stepped over. Raise `too_long` when it is not in `most` bytes."""
+    def take_until(self, end: bytes, most: int, error: ScrapyDoError) -> bytes:
+        """Return what comes before `end`, which is stepped over. Raise `error` when it is not in `most` bytes."""
         while (at := self.buffer.find(end, 0, most + len(end))) < 0:
-            if len(self.buffer) >= most + len(end):
-                raise too_long
-            if not self.more():
-                raise Gone
+            if len(self.buffer) >= most + len(end) or not self.more():
+                raise error
         return self.take(at + len(end))[:at]
 
 
@@ -2503,7 +2503,7 @@ class Wire(Pieces):
         self._deadline = time.monotonic() + seconds
 
     def more(self) -> bool:
-        """Take in what has arrived, in a thread what arrives until the deadline; False when the client has said all."""
+        """Take in what has arrived, in a thread what arrives until the deadline. Raise Gone when nothing will."""
         if self._deadline is not None:
             if (seconds := self._deadline - time.monotonic()) <= 0:
                 raise HttpError(408, TOO_SLOW)
@@ -2513,51 +2513,70 @@ class Wire(Pieces):
         except TimeoutError:
             raise HttpError(408, TOO_SLOW) from None
         except OSError as error:
-            if self._deadline is None and is_not_ready(error):
+            if is_not_ready(error):
                 return True
             raise Gone from None
+        if not piece:
+            raise Gone
         self.buffer += piece
-        return piece != b""
+        return True
 
     def take_head(self) -> bytes | None:
         """Return the head of the next request, without the empty line; None when it has not arrived wholly."""
         at = self.buffer.find(b"\r\n\r\n", 0, HEAD_BYTES + 4)
         if at < 0 and len(self.buffer) >= HEAD_BYTES + 4:
             raise HttpError(431, f"the head of the request is longer than {HEAD_BYTES} bytes")
-        return re.sub(rb"^(?:\r\n)+", b"", self.take(at + 4)[:at]) if at >= 0 else None
+        return self.take(at + 4)[:at].removeprefix(b"\r\n") if at >= 0 else None
 
-    def counted(self, length: int) -> Iterator[bytes]:
+    def counted(self, length: int) -> Stream:
         """Yield so many bytes."""
         while length:
-            if not self.buffer and not self.more():
-                raise Gone
+            if not self.buffer:
+                self.more()
             piece = self.take(length)
             length -= len(piece)
             yield piece
+
+    def chunked(self) -> Stream:
+        """Decode a chunked body, RFC 9112 section 7.1; extensions and trailers are ignored."""
+        bad = BadRequest("the chunked body is broken")
+        while True:
+            line = self.take_until(b"\r\n", 256, bad)
+            match = re.fullmatch(rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;[^\r\n]*)?", line)
+            if match is None:
+                raise bad
+            if not (size := int(match[1], 16)):
+                break
+            yield from self.counted(size)
+            self.take_until(b"\r\n", 0, bad)
+        for _ in range(HEADERS_COUNT):
+            if not self.take_until(b"\r\n", HEAD_BYTES, bad):
+                return
+        raise bad
 
     def send(self, data: bytes) -> None:
         """Send all of `data`; a client that does not take it within the time for a request is gone.
 
         In the accept loop what the client does not take at once becomes `unsent`.
         """
+        self.unsent = data
         try:
             if self._deadline is None:
-                self.unsent = data
                 self.unsent = data[self.socket.send(data) :]
             else:
-                self.unsent = b""
                 self.socket.settimeout(self.seconds)
                 self.socket.sendall(data)
+                self.unsent = b""
         except OSError as error:
-            if self._deadline is not None or not is_not_ready(error):
+            if not is_not_ready(error):
                 raise Gone from None
 
     def pause(self, seconds: float) -> None:
         """Wait so long for the client to go, and raise Gone when it does, or says too much to be kept."""
         self.expect(seconds)
         with contextlib.suppress(HttpError):
-            while self.more() and len(self.buffer) <= HEAD_BYTES:
-                pass
+            while len(self.buffer) <= HEAD_BYTES:
+                self.more()
             raise Gone
 
     def close(self) -> None:
@@ -2588,8 +2607,12 @@ class Request(NamedTuple):
     path: str
     query: bytes
     headers: dict[str, str]  # by lower-case name
+    length: int | None  # of the body; None when that comes in chunks
     keeps_alive: bool
     is_old: bool  # speaks HTTP/1.0
+
+
+NO_REQUEST = Request("", "", "", b"", {}, None, keeps_alive=False, is_old=False)
 
 
 def parse_head(head: bytes) -> Request:
@@ -2603,19 +2626,20 @@ def parse_head(head: bytes) -> Request:
     method, target, major, minor = match.groups()
     if major != b"1":
         raise HttpError(505, "this server speaks HTTP/1.1")
-    headers = parse_headers(lines)
-    if minor != b"0" and "host" not in headers:
+    headers, is_old = parse_headers(lines), minor == b"0"
+    if not is_old and "host" not in headers:
         raise BadRequest("the Host header is missing")
     wish = headers.get("connection", "").lower()
     keeps_alive = "close" not in wish
-    if minor == b"0":  # RFC 9112, section 6.1, and RFC 9110, section 10.1.1
+    if is_old:  # RFC 9112, sections 9.3 and 6.1
         keeps_alive = keeps_alive and "keep-alive" in wish and "transfer-encoding" not in headers
-        headers.pop("expect", None)
-    if match := ABSOLUTE_TARGET.match(target):  # its host counts, RFC 9112 section 3.2.2
+    path, _, query = target.partition(b"?")
+    if match := ABSOLUTE_TARGET.match(path):  # its host counts, RFC 9112 section 3.2.2
         headers["host"] = match[1].decode("latin-1")
-    path, _, query = target[match.end() if match else 0 :].partition(b"?")
-    text = decode_text(decode_percent(path), "path")
-    return Request(method.decode(), target.decode("latin-1"), text, query, headers, keeps_alive, minor == b"0")
+        path = path[match.end() :]
+    place = decode_text(decode_percent(path), "path")
+    length = body_length(headers)
+    return Request(method.decode(), target.decode("latin-1"), place, query, headers, length, keeps_alive, is_old)
 
 
 def parse_headers(lines: list[bytes]) -> dict[str, str]:
@@ -2628,15 +2652,35 @@ def parse_headers(lines: list[bytes]) -> dict[str, str]:
         if match is None:
             raise BadRequest(f"this is not a header: {line[:80].decode('latin-1')!r}")
         name, value = match[1].decode().lower(), match[2].strip(b" \t").decode("latin-1")
-        if name in headers and name in ("host", "content-length", "transfer-encoding", "content-type"):
+        if name in headers and name in SINGLE_HEADERS:
             raise BadRequest(f"the header {name} is there twice")
         headers[name] = f"{headers[name]}, {value}" if name in headers else value
     return headers
 
 
+def body_length(headers: Mapping[str, str]) -> int | None:
+    """Return how long a body is, None for a chunked one. Raise BadRequest or HttpError unless that is plainly said."""
+    if (coding := headers.get("transfer-encoding")) is None:
+        length = headers.get("content-length", "0")
+        if not re.fullmatch("[0-9]{1,18}", length):
+            raise BadRequest(f"the Content-Length {length!r:.40} is not a number")
+        return int(length)
+    if "content-length" in headers:
+        raise BadRequest("there are both a Content-Length and a Transfer-Encoding")
+    if coding.lower() != "chunked":
+        raise HttpError(501, f"the transfer coding {coding!r:.40} is not known; use chunked")
+    return None
+
+
+def parameters_of(text: str) -> dict[str, str]:
+    """Return the parameters in the value of a header by their lower-case names, RFC 9110 section 5.6.6."""
+    found = PARAMETER.finditer(text)
+    return {match[1].lower(): re.sub(r"\\(.)", r"\1", match[2] or match[3] or "") for match in found}
+
+
 def decode_percent(data: bytes) -> bytes:
     """Return the bytes with `%XX` decoded; a stray % stays."""
-    return re.sub(rb"(?:%[0-9A-Fa-f]{2})+", lambda match: bytes.fromhex(match[0].replace(b"%", b"").decode()), data)
+    return PERCENTS.sub(lambda match: bytes.fromhex(match[0].replace(b"%", b"").decode()), data)
 
 
 def decode_text(data: bytes, what: str) -> str:
@@ -2647,150 +2691,68 @@ def decode_text(data: bytes, what: str) -> str:
         raise BadRequest(f"the {what} is not UTF-8") from None
 
 
-class Body:
-    """The body of a request, read piece by piece as it arrives."""
-
-    def __init__(self, wire: Wire, headers: Mapping[str, str], most: int):
-        """Raise BadRequest, HttpError or TooLarge when the headers do not say plainly how long it is, or too much."""
-        self._wire, self._most, self._received = wire, most, 0
-        length, coding = headers.get("content-length"), headers.get("transfer-encoding")
-        if coding is not None and length is not None:
-            raise BadRequest("there are both a Content-Length and a Transfer-Encoding")
-        if coding is not None and coding.lower() != "chunked":
-            raise HttpError(501, f"the transfer coding {coding!r:.40} is not known; use chunked")
-        if length is not None and not re.fullmatch(r"[0-9]{1,18}", length):
-            raise BadRequest(f"the Content-Length {length!r:.40} is not a number")
-        self.is_chunked = coding is not None
-        self.length = int(length or 0)
-        if self.length > most:
-            raise self._too_large()
-        self.is_read = not self.is_chunked and self.length == 0
-
-    def _too_large(self) -> TooLarge:
-        return TooLarge(f"the body is larger than {self._most / MIB:g} MiB; see --max-upload")
-
-    def pieces(self) -> Iterator[bytes]:
-        """Yield the body. Raise TooLarge as soon as it is longer than allowed."""
-        started = time.monotonic()
-        for piece in self._chunks() if self.is_chunked else self._wire.counted(self.length):
-            self._received += len(piece)
-            if self._received > self._most:
-                raise self._too_large()
-            allowed = self._wire.seconds + self._received / BODY_BYTES_PER_SECOND
-            self._wire.expect(started + allowed - time.monotonic())
-            yield piece
-        self.is_read = True
-
-    def _chunks(self) -> Iterator[bytes]:
-        """Decode a chunked body, RFC 9112 section 7.1; extensions and trailers are ignored."""
-        bad = BadRequest("the chunked body is broken")
-        while True:
-            line = self._wire.take_until(b"\r\n", 256, bad)
-            match = re.fullmatch(rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;[^\r\n]*)?", line)
-            if match is None:
-                raise bad
-            if int(match[1], 16) == 0:
-                break
-            yield from self._wire.counted(int(match[1], 16))
-            if self._wire.take_until(b"\r\n", 0, bad):
-                raise bad
-        for _ in range(HEADERS_COUNT):
-            if not self._wire.take_until(b"\r\n", HEAD_BYTES, bad):
-                return
-        raise bad
-
-
-def urlencoded_fields(pieces: Iterator[bytes]) -> Iterator[Field]:
+def urlencoded_fields(pieces: Stream) -> Iterator[Field]:
     """Yield the fields of `application/x-www-form-urlencoded` data; a value may be of any size, and binary."""
-    source = Pieces(pieces)
+    source = Pieces(itertools.chain(pieces, [b"&"]))
     while source.buffer or source.more():
-        while not (mark := re.search(rb"[=&]", source.buffer)) and len(source.buffer) <= URL_BYTES and source.more():
-            pass
-        end = mark.start() if mark else len(source.buffer)
-        name = decode_percent(source.take(end).replace(b"+", b" "))
+        name = decode_text(join_pieces(urlencoded_text(source, b"[=&]"), what := "name of a parameter"), what)
         has_value = source.take(1) == b"="
         if name or has_value:
-            yield decode_text(name, "name of a parameter"), urlencoded_value(source) if has_value else iter(())
+            yield name, urlencoded_text(source, b"&") if has_value else iter(())
 
 
-def urlencoded_value(source: Pieces) -> Iterator[bytes]:
-    """Yield one value, up to and including the `&` that ends it."""
-    while True:
-        end = source.buffer.find(b"&")
-        if end >= 0:
-            yield decode_percent(source.take(end).replace(b"+", b" "))
-            source.take(1)
-            return
-        cut = len(source.buffer)
-        if b"%" in source.buffer[-2:]:  # a %XX that is not complete yet
-            cut = source.buffer.rfind(b"%")
-        yield decode_percent(source.take(cut).replace(b"+", b" "))
-        if not source.more():
-            yield source.take(2).replace(b"+", b" ")
-            return
+def urlencoded_text(source: Pieces, end: bytes) -> Stream:
+    """Yield what comes before a pattern that is sure to come."""
+    while not (mark := re.search(end, source.buffer)):
+        cut = source.buffer.find(b"%", -2)  # a %XX that may not be complete yet
+        yield decode_percent(source.take(cut if cut >= 0 else len(source.buffer)).replace(b"+", b" "))
+        source.more()
+    yield decode_percent(source.take(mark.start()).replace(b"+", b" "))
 
 
-def multipart_fields(pieces: Iterator[bytes], boundary: bytes) -> Iterator[Field]:
+def multipart_fields(pieces: Stream, boundary: bytes) -> Iterator[Field]:
     """Yield the fields of `multipart/form-data`, RFC 7578; only a whole delimiter line ends a part."""
     source = Pieces(pieces, b"\r\n")
-    delimiter = b"\r\n--" + boundary
+    delimiter = re.compile(rb"\r\n--%b(?:(?=--)|[ \t]{0,64}(?=\r\n))" % re.escape(boundary))
     for _ in multipart_value(source, delimiter):  # the preamble means nothing
         pass
-    while source.take(2) != b"--":
+    while source.buffer[:2] != b"--":
         yield part_name(source), multipart_value(source, delimiter)
     while source.more():  # nor does the epilogue
         source.buffer.clear()
 
 
-def multipart_value(source: Pieces, delimiter: bytes) -> Iterator[bytes]:
+def multipart_value(source: Pieces, delimiter: re.Pattern[bytes]) -> Stream:
     """Yield one part's content and step over the delimiter; the two bytes after it, CR LF or `--`, stay."""
-    while True:
-        at = source.buffer.find(delimiter)
-        if at < 0:
-            yield source.take(max(0, len(source.buffer) - len(delimiter)))
-        else:
-            yield source.take(at)
-            line = bytes(source.buffer[len(delimiter) : len(delimiter) + 66])
-            if end := re.match(rb"--|[ \t]*(?=\r\n)", line):
-                source.take(len(delimiter) + (0 if end[0] == b"--" else len(end[0])))
-                return
-            if len(line) >= 66 or not re.fullmatch(rb"-|[ \t]*\r?", line):
-                yield source.take(len(delimiter))  # it only looked like one
-                continue
+    while not (end := delimiter.search(source.buffer)):
+        yield source.take(max(0, len(source.buffer) - DELIMITER_BYTES))
         if not source.more():
             raise BadRequest("the multipart body ends before its last boundary; was the upload cut short?")
+    yield source.take(end.start())
+    source.take(end.end() - end.start())
 
 
 def part_name(source: Pieces) -> str:
-    """Step over the headers of a part, the first line break of which has been taken, and return the field's name."""
-    source.buffer[:0] = b"\r\n"
-    while (end := source.buffer.find(b"\r\n\r\n", 0, HEAD_BYTES)) < 0:
-        if len(source.buffer) > HEAD_BYTES or not source.more():
-            raise BadRequest("a part of the multipart body has no end of its headers")
-    lines = source.take(end + 4).split(b"\r\n")[1:-2]
-    if not all(map(HEADER_LINE.fullmatch, lines)):
-        raise BadRequest("a part of the multipart body has a line that is no header")
-    for line in lines:
-        key, _, value = line.partition(b":")
-        kind, _, _ = value.partition(b";")
-        if key.strip().lower() == b"content-disposition" and kind.strip().lower() == b"form-data":
-            for match in PART_PARAMETER.finditer(value, len(kind)):
-                if match[1].lower() == b"name":
-                    name = re.sub(rb"\\(.)", rb"\1", match[2]) if match[2] is not None else match[3]
-                    return decode_text(name, "name of a part")
-    raise BadRequest("a part of the multipart body has no name")
+    """Step over the headers of a part, and the line break before them, and return the field's name."""
+    endless = BadRequest("a part of the multipart body has no end of its headers")
+    headers = parse_headers(source.take_until(b"\r\n\r\n", HEAD_BYTES, endless).split(b"\r\n")[1:])
+    kind, _, rest = headers.get("content-disposition", "").partition(";")
+    name = parameters_of(rest).get("name")
+    if kind.strip().lower() != "form-data" or name is None:
+        raise BadRequest("a part of the multipart body has no name")
+    return decode_text(name.encode("latin-1"), "name of a part")
 
 
-def json_fields(pieces: Iterator[bytes], repeatable: tuple[str, ...] = ()) -> Iterator[Field]:
+def json_fields(pieces: Stream, repeatable: tuple[str, ...] = ()) -> Iterator[Field]:
     """Yield the members of a JSON object; an object, like a payload, or a number as its JSON text.
 
     Those of the `repeatable` names may be lists.
     """
 
     def refuse_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        if len(twins := {name for name, _ in pairs}) < len(pairs):
+        if len(twins := dict(pairs)) < len(pairs):
             raise BadRequest(f"a parameter is there twice in the JSON object; its names are {', '.join(sorted(twins))}")
-        return dict(pairs)
+        return twins
 
     try:
         document = json.loads(join_pieces(pieces, "JSON body"), object_pairs_hook=refuse_twins)
@@ -2799,16 +2761,14 @@ def json_fields(pieces: Iterator[bytes], repeatable: tuple[str, ...] = ()) -> It
     if not isinstance(document, dict):
         raise BadRequest("the JSON body must be one object")
     for name, value in document.items():
-        values = value if name in repeatable and isinstance(value, list) else [value]
-        if not all(type(item) in (str, dict, int, float) for item in values):
-            more = " or a list of strings" if name in repeatable else ""
-            raise BadRequest(f"the parameter '{name:.40}' must be a string{more}")
-        for item in values:
-            text = item if isinstance(item, str) else json.dumps(item, ensure_ascii=False)
+        for item in value if name in repeatable and isinstance(value, list) else [value]:
+            if type(item) not in (str, dict, int, float):
+                raise BadRequest(f"the parameter '{name:.40}' must be a string, or a list if it may be repeated")
+            text = item if isinstance(item, str) else encode_json(item)
             yield name, iter([text.encode("utf-8", "surrogatepass")])
 
 
-def join_pieces(pieces: Iterator[bytes], what: str) -> bytes:
+def join_pieces(pieces: Stream, what: str) -> bytes:
     """Return all pieces as one. Raise TooLarge for more than a text may have."""
     joined = bytearray()
     for piece in pieces:
@@ -2818,7 +2778,7 @@ def join_pieces(pieces: Iterator[bytes], what: str) -> bytes:
     return bytes(joined)
 
 
-def read_fields(headers: Mapping[str, str], pieces: Iterator[bytes], repeatable: tuple[str, ...]) -> Iterator[Field]:
+def read_fields(headers: Mapping[str, str], pieces: Stream, repeatable: tuple[str, ...]) -> Iterator[Field]:
     """Yield the fields of a body by its content type. Raise HttpError for one that is not known."""
     kind, _, rest = headers.get("content-type", "application/x-www-form-urlencoded").partition(";")
     kind = kind.strip().lower()
@@ -2828,37 +2788,36 @@ def read_fields(headers: Mapping[str, str], pieces: Iterator[bytes], repeatable:
         return json_fields(pieces, repeatable)
     if kind != "multipart/form-data":
         raise HttpError(415, f"a body of type '{kind:.60}' is not understood; send a form (curl -F or -d) or JSON")
-    boundary = re.search(r'boundary=(?:"([^"]{1,200})"|([^\s;",]{1,200}))', rest, re.I)
-    if boundary is None:
+    boundary = parameters_of(rest).get("boundary", "")
+    if not 1 <= len(boundary) <= BOUNDARY_LENGTH:
         raise BadRequest("the multipart body has no boundary in its Content-Type")
-    return multipart_fields(pieces, (boundary[1] or boundary[2]).encode("latin-1"))
+    return multipart_fields(pieces, boundary.encode("latin-1"))
 
 
-def save_pieces(pieces: Iterator[bytes], path: Path) -> None:
+def save_pieces(pieces: Stream, path: Path) -> None:
     """Write pieces to a new file as they come. Raise StorageError when the disk does not take them."""
     try:
-        file = open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb", buffering=0)  # noqa: SIM115
+        with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+            file.writelines(pieces)
     except OSError as error:
         raise StorageError(f"the upload cannot be stored: {error}") from None
-    with file:
-        for piece in pieces:
-            try:
-                while piece:
-                    piece = piece[file.write(piece) :]
-            except OSError as error:
-                raise StorageError(f"the upload cannot be stored: {error}") from None
 
 
 class Route(NamedTuple):
     """An endpoint: what it is called, how, the function that answers, and its parameters."""
 
     name: str
-    method: str
-    answer: Callable[[Daemon, dict[str, Any]], dict[str, Any]]
+    methods: tuple[str, ...]
+    answer: Callable[..., dict[str, Any]]
     required: tuple[str, ...] = ()
     optional: tuple[str, ...] = ()
     repeatable: tuple[str, ...] = ()  # optional, too
     is_quick: bool = False  # answered from memory, shortly
+
+    def explain(self) -> str:
+        """Return which parameters exist."""
+        shown = [*self.required, *self.optional, *(f"{name} (may be repeated)" for name in self.repeatable)]
+        return f"the parameters that exist are {', '.join(shown)}" if shown else "it takes none"
 
 
 def read_form(route: Route, fields: Iterator[Field], upload: Path | None = None) -> dict[str, Any]:
@@ -2867,37 +2826,34 @@ def read_form(route: Route, fields: Iterator[Field], upload: Path | None = None)
     An archive is saved to `upload`, and its value is that path. Raise BadRequest that names a parameter which is
     unknown, there twice, or missing, and TooLarge for one that is repeated too often.
     """
-    known = route.required + route.optional + route.repeatable
-    shown = ", ".join([*route.required, *route.optional, *(f"{name} (may be repeated)" for name in route.repeatable)])
-    exist = f"the parameters that exist are {shown}" if known else "it takes none"
     form: dict[str, Any] = {}
     for name, pieces in fields:
-        if name not in known:
-            raise BadRequest(f"{route.name} has no parameter '{name:.60}'; {exist}")
-        if name in form and name not in route.repeatable:
-            raise BadRequest(f"the parameter '{name}' is there twice; {exist}")
-        value: Any = str(upload)
-        if name == "archive" and upload is not None:
+        is_repeatable, what = name in route.repeatable, f"parameter '{name:.60}'"
+        if not is_repeatable and name not in route.required + route.optional:
+            raise BadRequest(f"{route.name} has no {what}; {route.explain()}")
+        if name in form and not is_repeatable:
+            raise BadRequest(f"the {what} is there twice; {route.explain()}")
+        if name == "archive" and upload:
             save_pieces(pieces, upload)
-        else:
-            value = decode_text(join_pieces(pieces, f"parameter '{name}'"), f"parameter '{name}'")
-        if name in route.repeatable:
-            value = [*form.get(name, ()), value]
-            if len(value) > REPEATS_COUNT or len("".join(value).encode()) > REPEATS_BYTES:
-                raise TooLarge(f"'{name}' may be there {REPEATS_COUNT} times, with {REPEATS_BYTES} bytes in all")
-        form[name] = value
-    if missing := [name for name in route.required if name not in form]:
-        raise BadRequest(f"{route.name} needs the parameter '{missing[0]}'; {exist}")
+            form[name] = upload
+            continue
+        text = decode_text(join_pieces(pieces, what), what)
+        form[name] = [*form.get(name, ()), text] if is_repeatable else text
+        if is_repeatable and (len(form[name]) > REPEATS_COUNT or len("".join(form[name]).encode()) > REPEATS_BYTES):
+            raise TooLarge(f"'{name}' may be there {REPEATS_COUNT} times, with {REPEATS_BYTES} bytes in all")
+    for name in route.required:
+        if name not in form:
+            raise BadRequest(f"{route.name} needs the parameter '{name}'; {route.explain()}")
     return form
 
 
-def list_jobs(daemon: Daemon, form: dict[str, Any]) -> dict[str, Any]:
+def list_jobs(daemon: Daemon, **form: str) -> dict[str, Any]:
     """Answer list-jobs.json: one job by its `id`, or those in a `status` that the filters leave."""
     if ("id" in form) == ("status" in form):
         raise BadRequest("list-jobs.json needs one of the parameters status and id")
-    if "id" in form and len(form) > 1:
-        raise BadRequest("project, spider and limit go with status; leave them out, as id means one job")
     if "id" in form:
+        if len(form) > 1:
+            raise BadRequest("project, spider and limit go with status; leave them out, as id means one job")
         return {"jobs": [daemon.job(form["id"])]}
     groups = {"ACTIVE": ACTIVE, "COMPLETED": COMPLETED, **{status.value: (status,) for status in Status}}
     if form["status"] not in groups:
@@ -2906,23 +2862,24 @@ def list_jobs(daemon: Daemon, form: dict[str, Any]) -> dict[str, Any]:
     return {"jobs": daemon.jobs(groups[form["status"]], form.get("project"), form.get("spider"), limit)}
 
 
-LOG_ROUTE = Route("get-log", "GET", lambda daemon, form: {}, (), ("follow", "tail"))
+READS, CHANGES = ("GET", "HEAD"), ("POST",)
 ROUTES = {
     f"/{route.name}": route
     for route in (
-        Route("status.json", "GET", lambda daemon, form: daemon.status(), is_quick=True),
-        Route("push-project.json", "POST", lambda daemon, form: daemon.push(Path(form["archive"])), ("archive",)),
-        Route("list-projects.json", "GET", lambda daemon, form: {"projects": daemon.projects()}, is_quick=True),
-        Route("list-spiders.json", "GET", lambda daemon, form: daemon.spiders(**form), ("project",), is_quick=True),
+        Route("status.json", READS, Daemon.status, is_quick=True),
+        Route("push-project.json", CHANGES, lambda daemon, archive: daemon.push(archive), ("archive",)),
+        Route("list-projects.json", READS, lambda daemon: {"projects": daemon.projects()}, is_quick=True),
+        Route("list-spiders.json", READS, Daemon.spiders, ("project",), is_quick=True),
         Route(
-            "schedule-job.json", "POST", lambda daemon, form: daemon.schedule(**form),
+            "schedule-job.json", CHANGES, Daemon.schedule,
             ("project", "spider", "when"), ("description", "payload", "timeout"), ("arg", "setting"),
         ),
-        Route("list-jobs.json", "GET", list_jobs, (), ("status", "id", "project", "spider", "limit")),
-        Route("cancel-job.json", "POST", lambda daemon, form: daemon.cancel(form["id"]), ("id",)),
-        Route("remove-project.json", "POST", lambda daemon, form: daemon.remove(**form), ("name",)),
+        Route("list-jobs.json", READS, list_jobs, (), ("status", "id", "project", "spider", "limit")),
+        Route("cancel-job.json", CHANGES, lambda daemon, id: daemon.cancel(id), ("id",)),
+        Route("remove-project.json", CHANGES, Daemon.remove, ("name",)),
     )
 }  # fmt: skip
+LOG_ROUTE = Route("get-log", READS, dict, (), ("follow", "tail"))
 
 
 class Tls:
@@ -2930,35 +2887,32 @@ class Tls:
 
     def __init__(self, certificate: Path, key: Path | None, password_file: Path | None):
         """Read the files. Raise ScrapyDoError that says which does not do; without `key` it is in `certificate`."""
-        self._files = certificate, key or certificate
-        self._password_file = password_file
-        self._seen = self._stamps()
-        self._context = self._load()
+        self._files, self._password_file = (certificate, key or certificate), password_file
+        self._load()
 
     def _stamps(self) -> list[tuple[int, int]]:
         with contextlib.suppress(OSError):
             return [(about.st_mtime_ns, about.st_ino) for about in map(os.stat, self._files)]
         return []
 
-    def _load(self) -> Any:
+    def _load(self) -> None:
         import ssl
 
+        self._seen = self._stamps()
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        certificate, key = self._files
         try:
             password = self._password_file.read_text("utf-8").rstrip("\r\n") if self._password_file else ""
-            context.load_cert_chain(certificate, key, lambda: password)  # without it OpenSSL asks the terminal
+            context.load_cert_chain(*self._files, lambda: password)  # without it OpenSSL asks the terminal
         except (OSError, ValueError) as error:
             files = ", ".join(str(path) for path in (*self._files, self._password_file) if path)
             raise ScrapyDoError(f"the certificate cannot be used: {error}; check {files}") from None
-        return context
+        self._context = context
 
     def wrap(self, connection: socket.socket) -> Any:
         """Return the connection as one that shakes hands when it is read. Raise OSError when that is impossible."""
-        if (stamps := self._stamps()) != self._seen:
-            self._seen = stamps
+        if self._stamps() != self._seen:
             try:
-                self._context = self._load()
+                self._load()
                 log("the renewed certificate is in use")
             except ScrapyDoError as error:
                 log(f"{error}; the former one stays in use")
@@ -2971,7 +2925,7 @@ class Rules(NamedTuple):
     max_upload: int = 256  # MiB
     request_timeout: float = 60.0
     max_connections: int = 256
-    allow_host: tuple[str, ...] = ()
+    allow_host: Sequence[str] = ()
     users: Mapping[str, str] | None = None  # passwords by name; None lets everybody in
     tls: Tls | None = None
 
@@ -2983,82 +2937,73 @@ class Guard:
         name = socket.gethostname().lower()
         self._aliases = {name.lower() for name in rules.allow_host}
         self._names = {"localhost", name, name.partition(".")[0], *self._aliases}
-        self._users, self._is_tls = rules.users, rules.tls is not None
+        self._wants_user, self._users = rules.users is not None, rules.users or {}
+        self._is_tls = rules.tls is not None
         self._secret = os.urandom(32).hex()
 
     def check(self, request: Request) -> None:
         """Raise Forbidden or HttpError unless the request may be answered."""
-        host = request.headers.get("host")
+        host = request.headers.get("host", "").lower()
         if host and not self._is_own_name(host):
             raise Forbidden(f"{host!r:.100} is no name of this machine; if it should be, start with --allow-host NAME")
-        if request.method not in ("GET", "HEAD") and self._is_foreign_page(request.headers):
+        if request.method not in READS and self._is_foreign_page(request.headers, host):
             raise Forbidden("a web page of another site must not change anything here")
-        if self._users is not None:
-            self._check_user(request, self._users)
+        if self._wants_user:
+            self._check_user(request)
 
     def _is_own_name(self, host: str) -> bool:
         """Tell whether a Host header is one that no foreign name, which may be rebound to our address, can give."""
-        name = re.sub(":[0-9]*$", "", host.lower())
-        return name.removesuffix(".") in self._names or bool(IP_ADDRESS.fullmatch(name))
+        name = re.sub(":[0-9]*$", "", host)
+        return name.removesuffix(".") in self._names or IP_ADDRESS.fullmatch(name) is not None
 
-    def _is_foreign_page(self, headers: Mapping[str, str]) -> bool:
-        origin = headers.get("origin")
-        if headers.get("sec-fetch-site") == "cross-site":
-            return True
-        if origin is None:
-            return False
-        place = re.sub("^https?://", "", origin.lower())
-        return place != headers.get("host", "").lower() and re.sub(":[0-9]+$", "", place) not in self._aliases
+    def _is_foreign_page(self, headers: Mapping[str, str], host: str) -> bool:
+        place = re.sub("^https?://", "", headers.get("origin", host).lower())
+        is_own = place == host or re.sub(":[0-9]+$", "", place) in self._aliases
+        return not is_own or headers.get("sec-fetch-site") == "cross-site"
 
-    def _check_user(self, request: Request, users: Mapping[str, str]) -> None:
+    def _check_user(self, request: Request) -> None:
         """Raise HttpError unless the request proves that it comes from a user, RFC 7616 and RFC 7617."""
         scheme, _, rest = request.headers.get("authorization", "").partition(" ")
-        if scheme.lower() == "digest":
-            fields = {match[1].lower(): match[2] or match[3] or "" for match in AUTH_FIELD.finditer(rest)}
-            is_right, is_stale = self._proves(request, fields, users), not self._is_fresh(fields.get("nonce", ""))
+        fields, is_digest = parameters_of(rest), scheme.lower() == "digest"
+        if is_digest:
+            is_right = self._proves(request, fields)
         elif scheme.lower() == "basic" and self._is_tls:
-            is_right, is_stale = self._is_password(rest, users), False
+            is_right = self._is_password(rest)
         else:
             wanted = "a user and a password are wanted here, as curl sends them with --anyauth -u NAME"
-            raise HttpError(401, f"{wanted}; Basic is taken over TLS only", *self._challenges())
+            raise self._challenge(f"{wanted}; Basic is taken over TLS only")
         if not is_right:
-            raise WrongPassword(401, "the user or the password is wrong", *self._challenges())
-        if is_stale:
-            raise HttpError(401, "the nonce has expired", *self._challenges(", stale=true"))
+            raise self._challenge("the user or the password is wrong", WrongPassword)
+        if is_digest and not any(is_same(fields.get("nonce", ""), nonce) for nonce in self._nonces()):
+            raise self._challenge("the nonce has expired", more=", stale=true")
 
-    def _challenges(self, more: str = "") -> list[tuple[str, str]]:
-        nonce = self._nonce(int(time.monotonic()))
-        ways = [
-            f'Digest realm="{REALM}", nonce="{nonce}", qop="auth", algorithm={name}, charset=UTF-8{more}'
-            for name in ALGORITHMS
-        ]
-        return [("WWW-Authenticate", way) for way in ways + [f'Basic realm="{REALM}"'] * self._is_tls]
+    def _challenge(self, message: str, kind: type[HttpError] = HttpError, more: str = "") -> HttpError:
+        start = f'Digest realm="{REALM}", nonce="{self._nonces()[0]}", qop="auth", charset=UTF-8{more}, algorithm='
+        ways = [start + name for name in ALGORITHMS] + [f'Basic realm="{REALM}"'] * self._is_tls
+        return kind(401, message, *[("WWW-Authenticate", way) for way in ways])
 
-    def _nonce(self, second: int) -> str:
-        """Return a nonce that only this daemon can have made in that second."""
-        return f"{second:x}-{digest_of('sha256', self._secret, str(second))}"
+    def _nonces(self) -> list[str]:
+        """Return the nonces that are taken now, the one to give out first; only this daemon can have made them."""
+        half = int(2 * time.monotonic() / NONCE_SECONDS)
+        return [digest_of("sha256", self._secret, str(number)) for number in (half, half - 1)]
 
-    def _is_fresh(self, nonce: str) -> bool:
-        now, second = int(time.monotonic()), nonce.partition("-")[0]
-        if not re.fullmatch("[0-9a-f]{1,12}", second):
-            return False
-        return is_same(nonce, self._nonce(int(second, 16))) and 0 <= now - int(second, 16) <= NONCE_SECONDS
-
-    def _proves(self, request: Request, fields: Mapping[str, str], users: Mapping[str, str]) -> bool:
+    def _proves(self, request: Request, fields: Mapping[str, str]) -> bool:
         """Tell whether Digest fields come from a user who knows the password; no such user costs the same time."""
         algorithm = ALGORITHMS.get(fields.get("algorithm", "MD5").upper())
         if algorithm is None or fields.get("qop") != "auth" or fields.get("uri") != request.target:
             return False
-        name = re.sub(r"\\(.)", r"\1", fields.get("username", "")).encode("latin-1").decode("utf-8", "replace")
-        known = digest_of(algorithm, name, REALM, users.get(name, self._secret))
+        name = fields.get("username", "").encode("latin-1").decode("utf-8", "replace")
+        known = digest_of(algorithm, name, REALM, self._users.get(name, self._secret))
         asked = digest_of(algorithm, request.method, request.target)
         counted = [fields.get(field, "") for field in ("nonce", "nc", "cnonce", "qop")]
         return is_same(fields.get("response", "").lower(), digest_of(algorithm, known, *counted, asked))
 
-    def _is_password(self, credentials: str, users: Mapping[str, str]) -> bool:
+    def _is_password(self, credentials: str) -> bool:
+        import binascii
+
         with contextlib.suppress(ValueError):
             name, _, password = binascii.a2b_base64(credentials.strip()).decode().partition(":")
-            return is_same(digest_of("sha256", password), digest_of("sha256", users.get(name, self._secret)))
+            return is_same(digest_of("sha256", password), digest_of("sha256", self._users.get(name, self._secret)))
         return False
 
 
@@ -3077,78 +3022,85 @@ def is_same(text: str, other: str) -> bool:
     return hmac.compare_digest(text.encode(), other.encode())
 
 
-class Handler:
+class Handler(Wire):
     """Answer the requests of one connection, one after another, be it in the accept loop or in a thread."""
 
     def __init__(self, server: Server, connection: socket.socket, address: str):
+        super().__init__(connection, server.rules.request_timeout)
         self.server, self.address = server, address
-        self.wire = Wire(connection, server.rules.request_timeout)
-        self.request: Request | None = None  # what is to be answered
-        self.refusal: ScrapyDoError | None = None  # why it is not sound
-        self.body: Body | None = None
+        self.request = NO_REQUEST  # what is to be answered
+        self.refusal: ScrapyDoError | None = None  # why it must be refused, perhaps before its head could be read
+        self.is_read = False  # all of the request is, so that it is known where the next one begins
         self.is_last = False  # nothing may follow on this connection
-        self.is_gone = False  # the client is, or has met an error of ours
-        self.due = time.monotonic() + self.wire.seconds  # for the head of the next request
+        self.due = 0.0  # when the head of the next request must be there; 0 when that is yet to be set
 
-    @contextlib.contextmanager
-    def contained(self) -> Iterator[None]:
-        """Let an exception end this connection and nothing else."""
+    def attempt(self, step: Callable[[], None]) -> None:
+        """Take a step; an exception ends this connection and nothing else."""
         try:
-            yield
+            step()
         except Exception as error:
             if not isinstance(error, Gone):
                 log_crash("a connection")
-            self.is_gone = self.is_last = True
+            self._forget_request()
+            self.unsent = b""
+            self.is_read = self.is_last = True
 
-    def find_request(self) -> None:
+    def receive(self) -> None:
+        """Take in what has arrived, and answer what that can be done for without waiting for anything."""
+        self.more()
+        self._find_request()
+        if self._is_quick():
+            self.answer()
+
+    def _find_request(self) -> None:
         """Find the next request, or why it must be refused, if its head has arrived."""
-        self.body = None
+        self.is_read = False
         try:
-            if (head := self.wire.take_head()) is not None:
+            if (head := self.take_head()) is not None:
                 self.request = parse_head(head)
                 self.is_last = not self.request.keeps_alive
-                self.body = Body(self.wire, self.request.headers, self.server.rules.max_upload * MIB)
+                self.is_read = self.request.length == 0
                 self.server.guard.check(self.request)
         except ScrapyDoError as error:
             self.refusal = error
 
-    def has_work(self) -> bool:
-        """Tell whether there is something to answer."""
-        return self.request is not None or self.refusal is not None
+    def _forget_request(self) -> None:
+        self.request, self.refusal, self.due = NO_REQUEST, None, 0.0
 
-    def is_quick(self) -> bool:
-        """Tell whether the answer can be given without waiting for anything, and nothing follows it yet."""
-        if self.wire.buffer or isinstance(self.refusal, WrongPassword):
+    def _has_work(self) -> bool:
+        return self.request is not NO_REQUEST or self.refusal is not None
+
+    def _is_quick(self) -> bool:
+        """Tell whether there is a request that can be answered at once, and nothing follows it yet."""
+        if self.buffer or isinstance(self.refusal, WrongPassword):
             return False
-        route = ROUTES.get(self.request.path) if self.request is not None else None
+        route = ROUTES.get(self.request.path)
         return self.refusal is not None or (route is not None and route.is_quick)
 
     def needs_thread(self) -> bool:
         """Tell whether there is something that the accept loop must not wait for."""
-        is_unfinished = self.has_work() or self.wire.unsent != b"" or (self.is_last and not self._is_read())
-        return is_unfinished and not self.is_gone
+        return self._has_work() or self.unsent != b"" or (self.is_last and not self.is_read)
 
     def work(self) -> None:
         """Do in a thread what the accept loop must not wait for, up to where the next request is not there yet."""
-        self.wire.expect(self.wire.seconds)
-        self.wire.send(self.wire.unsent)
-        while self.has_work():
-            self.wire.expect(self.wire.seconds)
+        self.expect(self.seconds)
+        self.send(self.unsent)
+        while self._has_work():
+            self.expect(self.seconds)
             self.answer()
             if not self.is_last:
-                self.find_request()
-        if self.is_last and not self._is_read():
-            self.wire.linger()
-        self.wire.wait_no_more()
+                self._find_request()
+        if self.is_last and not self.is_read:
+            self.linger()
+        self.wait_no_more()
 
     def answer(self) -> None:
         """Answer the request that was found. Raise Gone when the client is."""
         try:
             if isinstance(self.refusal, WrongPassword):
                 time.sleep(PENALTY_SECONDS)
-            if self.refusal is not None:
+            if self.refusal:
                 raise self.refusal
-            assert self.request is not None
             self._answer(self.request)
         except ScrapyDoError as error:
             self._refuse(error)
@@ -3158,62 +3110,64 @@ class Handler:
             log_crash("answering a request")
             self._refuse(HttpError(500, "the daemon met an error of its own; its log has the details"))
         finally:
-            self.request = self.refusal = None
-            self.due = time.monotonic() + self.wire.seconds
-
-    def _is_read(self) -> bool:
-        """Tell whether all of the request was read, so that it is known where the next one begins."""
-        return self.body is not None and self.body.is_read
+            self._forget_request()
 
     def _answer(self, request: Request) -> None:
-        if route := ROUTES.get(request.path):
-            self._check_method(request, route.method)
-            self._send_json(200, {"status": "ok", **self._call(route, request)})
-        elif match := LOG_PATH.fullmatch(request.path):
-            self._check_method(request, "GET")
-            self._send_log(request, match[1], match[2])
-        elif request.path == "/":
-            self._check_method(request, "GET")
-            self._send(200, "text/html; charset=utf-8", len(PAGE.encode()), PAGE.encode(), PAGE_HEADERS)
-        else:
+        route = ROUTES.get(request.path)
+        log_path = None if route else LOG_PATH.fullmatch(request.path)
+        if not (route or log_path or request.path == "/"):
             paths = ", ".join(["/", *ROUTES, "/get-log/data/ID.out", "/get-log/data/ID.err"])
             raise NotFound(f"there is no {request.path:.100}; the paths that exist are {paths}")
-
-    def _check_method(self, request: Request, method: str) -> None:
-        allowed = ("GET", "HEAD") if method == "GET" else (method,)
-        if request.method not in allowed:
-            raise HttpError(405, f"{request.path} is asked for by {method}", ("Allow", ", ".join(allowed)))
+        methods = route.methods if route else READS
+        if request.method not in methods:
+            raise HttpError(405, f"{request.path} is asked for by {methods[0]}", ("Allow", ", ".join(methods)))
+        if route:
+            self._send_json(200, {"status": "ok", **self._call(route, request)})
+        elif log_path:
+            self._send_log(request, *log_path.groups())
+        else:
+            self._send(200, "text/html; charset=utf-8", len(PAGE.encode()), PAGE.encode(), PAGE_HEADERS)
 
     def _call(self, route: Route, request: Request) -> dict[str, Any]:
         """Read the parameters, have the route answer, and clear its upload away."""
-        daemon = self.server.daemon
-        if "archive" not in route.required:
-            return route.answer(daemon, read_form(route, self._fields(route, request)))
-        upload = daemon.new_upload_path()
+        upload = self.server.daemon.new_upload_path() if "archive" in route.required else None
         try:
-            return route.answer(daemon, read_form(route, self._fields(route, request), upload))
+            return route.answer(self.server.daemon, **read_form(route, self._fields(route, request), upload))
         finally:
-            upload.unlink(missing_ok=True)
+            if upload:
+                upload.unlink(missing_ok=True)
 
     def _fields(self, route: Route, request: Request) -> Iterator[Field]:
-        assert self.body is not None
-        if route.method == "GET":
+        if route.methods == READS:
             return urlencoded_fields(iter([request.query]))
         if request.query:
             raise BadRequest(f"{route.name} takes its parameters from the body (curl -F or -d), not the address")
+        return read_fields(request.headers, self._body(request), route.repeatable)
+
+    def _body(self, request: Request) -> Stream:
+        """Ask for the body and yield it. Raise TooLarge as soon as it is longer than allowed."""
+        most, received, started = self.server.rules.max_upload * MIB, 0, time.monotonic()
+        too_large = TooLarge(f"the body is larger than {most // MIB} MiB; see --max-upload")
+        if request.length and request.length > most:
+            raise too_large
         expectation = request.headers.get("expect", "").lower()
         if expectation not in ("", "100-continue"):
             raise HttpError(417, f"the expectation {expectation!r:.40} cannot be met")
-        if expectation and not self.body.is_read:
-            self.wire.send(b"HTTP/1.1 100 Continue\r\n\r\n")
-        return read_fields(request.headers, self.body.pieces(), route.repeatable)
+        if expectation and not self.is_read and not request.is_old:  # which knows no 100, RFC 9110 section 10.1.1
+            self.send(b"HTTP/1.1 100 Continue\r\n\r\n")
+        for piece in self.chunked() if request.length is None else self.counted(request.length):
+            received += len(piece)
+            if received > most:
+                raise too_large
+            self.expect(started + self.seconds + received / BODY_BYTES_PER_SECOND - time.monotonic())
+            yield piece
+        self.is_read = True
 
     def _refuse(self, error: ScrapyDoError) -> None:
-        headers: Headers = getattr(error, "headers", ())
         if error.status != 401 or isinstance(error, WrongPassword):  # that a password is wanted is no event
-            what = f"{self.request.method} {self.request.path:.100}" if self.request is not None else "a request"
+            what = f"{self.request.method} {self.request.path:.100}".strip() or "a request"
             log(f"{what} from {self.address} was refused with {error.status}: {error}")
-        self._send_json(error.status, {"status": "error", "msg": str(error)}, headers)
+        self._send_json(error.status, {"status": "error", "msg": str(error)}, getattr(error, "headers", ()))
 
     def _send_json(self, status: int, answer: dict[str, Any], headers: Headers = ()) -> None:
         data = (encode_answer(answer) + "\n").encode("utf-8", "backslashreplace")
@@ -3224,70 +3178,62 @@ class Handler:
 
         Without a length the rest comes in chunks, RFC 9112 section 7.1, or HTTP/1.0 has it up to the end.
         """
-        is_endless = length is None and self._speaks_1_0()
-        self.is_last = self.is_last or is_endless or not self._is_read()
-        frame = "Transfer-Encoding: chunked" if length is None else f"Content-Length: {length}"
+        frame = f"Content-Length: {length}\r\n"
+        if length is None:
+            frame = "" if self.request.is_old else "Transfer-Encoding: chunked\r\n"
+        self.is_last = self.is_last or not self.is_read or not frame
         head = (
-            f"HTTP/1.1 {status} {REASONS[status]}\r\nContent-Type: {kind}\r\n{'' if is_endless else frame + CRLF}"
+            f"HTTP/1.1 {status} {REASONS[status]}\r\nContent-Type: {kind}\r\n{frame}"
             f"Date: {http_date(int(time.time()))}\r\nCache-Control: no-store\r\nX-Content-Type-Options: nosniff\r\n"
             f"Connection: {'close' if self.is_last else 'keep-alive'}\r\n"  # HTTP/1.0 wants to be told
         )
         head += "".join(f"{name}: {value}\r\n" for name, value in headers) + "\r\n"
-        self.wire.send(head.encode("latin-1") + (b"" if self._is_head() else data))
-
-    def _send_chunk(self, data: bytes) -> None:
-        """Send a piece of an answer without a length; an empty one ends it."""
-        self.wire.send(data if self._speaks_1_0() else b"%x\r\n%b\r\n" % (len(data), data))
-
-    def _speaks_1_0(self) -> bool:
-        return self.request is not None and self.request.is_old
-
-    def _is_head(self) -> bool:
-        return self.request is not None and self.request.method == "HEAD"
+        self.send(head.encode("latin-1") + (b"" if self.request.method == "HEAD" else data))
 
     def _send_log(self, request: Request, identifier: str, stream: str) -> None:
-        """Send what a log holds now, or the part that is asked for."""
+        """Send what a log holds now, the part of it that is asked for, or all that comes until its job has ended."""
         form = read_form(LOG_ROUTE, urlencoded_fields(iter([request.query])))
         path = self.server.daemon.log_file(identifier, stream)
-        lines = whole_number_of(form, "tail", 10**9)
-        if whole_number_of(form, "follow", 1):
-            self._follow_log(path, identifier, lines)
-            return
+        lines, is_followed = whole_number_of(form, "tail", 10**9), whole_number_of(form, "follow", 1)
         with open_log(path) as file:
             size = os.fstat(file.fileno()).st_size
-            start, end, status = tail_start(file, size, lines), size, 200
-            headers = [("Accept-Ranges", "bytes")]
-            if lines is None and (match := BYTE_RANGE.fullmatch(request.headers.get("range", ""))):
-                start, end = range_of(match, size)
-                status, headers = 206, [*headers, ("Content-Range", f"bytes {start}-{end - 1}/{size}")]
-            file.seek(start)
-            piece = file.read(min(end - start, CHUNK_BYTES))
-            self._send(status, LOG_TYPE, end - start, piece, headers)
-            left = end - start - len(piece)
-            while left and not self._is_head():
-                piece = file.read(min(left, CHUNK_BYTES))
-                if not piece:  # cut short while it was read: the client must not wait for the rest
-                    raise Gone
-                self.wire.send(piece)
-                left -= len(piece)
+            start = tail_start(file, size, lines)
+            if not is_followed:
+                asked = BYTE_RANGE.fullmatch(request.headers.get("range", "")) if lines is None else None
+                self._send_part(file, start, size, asked)
+        if is_followed:
+            self._follow_log(path, identifier, start)
 
-    def _follow_log(self, path: Path, identifier: str, lines: int | None) -> None:
+    def _send_part(self, file: IO[bytes], start: int, size: int, asked: re.Match[str] | None) -> None:
+        """Send a log from its `start`, or the range of bytes that is asked for."""
+        status, end, headers = 200, size, [("Accept-Ranges", "bytes")]
+        if asked:
+            start, end = range_of(asked, size)
+            status, headers = 206, [*headers, ("Content-Range", f"bytes {start}-{end - 1}/{size}")]
+        pieces = read_part(file, start, end)
+        self._send(status, LOG_TYPE, end - start, next(pieces, b""), headers)
+        for piece in () if self.request.method == "HEAD" else pieces:
+            self.send(piece)
+
+    def _follow_log(self, path: Path, identifier: str, start: int) -> None:
         """Send a log as it grows, until its job has ended, the daemon stops or the client goes."""
         self._send(200, LOG_TYPE, None, b"")
-        place = None
-        while not self._is_head():
+        while self.request.method != "HEAD":
             is_over = self.server.is_over or not self.server.daemon.writes_log(identifier)  # asked before it is read
             with open_log(path) as file:
                 size = os.fstat(file.fileno()).st_size
-                place = tail_start(file, size, lines) if place is None else place
-                file.seek(place if place <= size else 0)  # a crawl that begins again begins a new log
-                while piece := file.read(CHUNK_BYTES):
+                for piece in read_part(file, start if start <= size else 0, size):  # one that begins again is new
                     self._send_chunk(piece)
-                place = file.tell()
             if is_over:
                 self._send_chunk(b"")
                 return
-            self.wire.pause(FOLLOW_SECONDS)
+            start = size
+            self.pause(FOLLOW_SECONDS)
+
+    def _send_chunk(self, data: bytes) -> None:
+        """Send a piece of an answer without a length; an empty one ends it."""
+        self.send(data if self.request.is_old else b"%x\r\n%b\r\n" % (len(data), data))
+
 
 @functools.lru_cache(maxsize=2)
 def http_date(second: int) -> str:
@@ -3305,31 +3251,36 @@ def whole_number_of(form: Mapping[str, str], name: str, most: int, least: int = 
     return int(text)
 
 
+def read_part(file: IO[bytes], start: int, end: int) -> Stream:
+    """Yield a part of a file. Raise Gone when that is cut short meanwhile: the client must not wait for the rest."""
+    file.seek(start)
+    while start < end:
+        piece = file.read(min(end - start, CHUNK_BYTES))
+        if not piece:
+            raise Gone
+        start += len(piece)
+        yield piece
+
+
 def tail_start(file: IO[bytes], size: int, lines: int | None) -> int:
     """Return where the last lines of a file begin, the last of which may lack its end; None stands for all."""
     if not lines:
         return 0 if lines is None else size
-    place, breaks = size, 0
-    while place > 0:
-        start = max(0, place - CHUNK_BYTES)
+    for start in reversed(range(0, size - 1, CHUNK_BYTES)):
         file.seek(start)
-        block = file.read(place - start)
-        at = len(block) - (place == size)  # the line feed at the very end does not begin another line
-        while (at := block.rfind(b"\n", 0, at)) >= 0:
-            breaks += 1
-            if breaks == lines:
-                return start + at + 1
-        place = start
+        block = file.read(min(CHUNK_BYTES, size - 1 - start))  # the line feed at the very end begins no other line
+        count = block.count(b"\n")
+        if count >= lines:
+            return start + len(block.rsplit(b"\n", lines)[0]) + 1
+        lines -= count
     return 0
 
 
 def range_of(match: re.Match[str], size: int) -> tuple[int, int]:
     """Return where the range of a Range header begins and ends in so many bytes, RFC 9110 section 14.1.2."""
     first, last = match.groups()
-    if first:
-        start, end = int(first), min(size, int(last) + 1) if last else size
-    else:
-        start, end = max(0, size - int(last or 0)), size
+    start = int(first) if first else max(0, size - int(last or 0))
+    end = min(size, int(last) + 1) if first and last else size
     if start >= end:
         raise HttpError(416, f"the log has {size} bytes; nothing is there yet", ("Content-Range", f"bytes */{size}"))
     return start, end
@@ -3339,7 +3290,8 @@ class Server:
     """Accept connections, wait for their requests, answer the quick ones, and give the others to threads.
 
     So a slow client costs no thread, and a question for the status no change of threads. Of http.server and
-    socketserver nothing would be left to use here, and they cost 7 MiB and 30 ms to import.
+    socketserver nothing would be left to use here, and they cost 7 MiB and 30 ms to import. All is the accept loop's,
+    but for what passes between it and the threads.
     """
 
     def __init__(self, listening: socket.socket, daemon: Daemon, rules: Rules):
@@ -3347,14 +3299,13 @@ class Server:
         self.daemon, self.rules, self.guard = daemon, rules, Guard(rules)
         self.socket = listening
         self.socket.setblocking(False)
+        self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # for all connections that come from it
         self.host, self.port = self.socket.getsockname()[:2]
-        self._parked: dict[int, Handler] = {}  # wait for a request, by file descriptor; only the accept loop's
-        self._deadlines = Agenda()  # of these
+        self._connection_count = 0
+        self._parked: dict[int, Handler] = {}  # wait for a request, by file descriptor; the first of them is due first
         self._given: queue.SimpleQueue[Handler] = queue.SimpleQueue()  # to the threads
-        self._lock = threading.Lock()  # guards all below
-        self._work_ended = threading.Condition(self._lock)
-        self._returned: list[Handler] = []  # by the threads
-        self._connection_count = self._thread_count = self._work_count = 0
+        self._returned: queue.SimpleQueue[Handler] = queue.SimpleQueue()  # by the threads
+        self._idle = threading.Semaphore(0)  # counts the threads that have no work
         self.is_over = False
 
     def serve(self, signals: socket.socket, goes_on: Callable[[], bool]) -> None:
@@ -3370,27 +3321,31 @@ class Server:
             self._selector.register(signals, selectors.EVENT_READ)
             while signals not in [key.fileobj for key, _ in self._serve_some()] or goes_on():
                 pass
-            with self._lock:
-                self.is_over = True
-            for handler in [*self._parked.values(), *self._returned]:
+            self.is_over = True
+            for handler in list(self._parked.values()):
                 self._close(handler)
+
+    def _first(self) -> Handler | None:
+        return next(iter(self._parked.values()), None)
 
     def _serve_some(self) -> list[tuple[selectors.SelectorKey, int]]:
         """Wait until there is something to do, do it, and return what there was."""
-        first = self._deadlines.first()
-        events = self._selector.select(None if first is None else max(0.0, first - time.monotonic()))
+        first = self._first()
+        events = self._selector.select(None if first is None else max(0.0, first.due - time.monotonic()))
         for key, _ in events:
-            if key.data:
+            if handler := self._parked.get(key.fd):
+                self._read(handler)
+            elif key.data:
                 key.data()
-        if first is not None:
-            for number in self._deadlines.pop_due(time.monotonic()):
-                self._end_wait(self._parked[number])
+        while (first := self._first()) and first.due <= time.monotonic():
+            self._end_wait(first)
         return events
 
     def _end_wait(self, handler: Handler) -> None:
         """Refuse a request that has not arrived in time; who has not begun one is let go without a word."""
-        if handler.wire.buffer:
+        if handler.buffer:
             handler.refusal = HttpError(408, TOO_SLOW)
+            handler.attempt(handler.answer)
             self._go_on(handler)
         else:
             self._close(handler)
@@ -3403,46 +3358,40 @@ class Server:
                 time.sleep(DESCRIPTOR_SECONDS)
             return
         connection.setblocking(False)
-        if not self._has_room():
-            turn_away(connection)
-            return
         try:
-            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            if self.rules.tls is not None:
-                connection = self.rules.tls.wrap(connection)
+            connection = self.rules.tls.wrap(connection) if self.rules.tls else connection
         except OSError:
             connection.close()
             return
-        with self._lock:
-            self._connection_count += 1
-        self._read(Handler(self, connection, address[0]))
+        handler = Handler(self, connection, address[0])
+        self._connection_count += 1
+        if self._has_room():
+            self._read(handler)
+        else:
+            self._turn_away(handler, "too many connections at once; try again later")
 
     def _has_room(self) -> bool:
-        """Tell whether one more connection may be had; who has kept a request back for longest gives way to it."""
-        if self._connection_count < self.rules.max_connections:
+        """Tell whether the newest connection may stay; who has kept a request back for longest gives way to it."""
+        if self._connection_count <= self.rules.max_connections:
             return True
-        first = self._deadlines.first()
-        if first is None or first > time.monotonic() + self.rules.request_timeout - GRACE_SECONDS:
+        first = self._first()
+        if first is None or first.due > time.monotonic() + self.rules.request_timeout - GRACE_SECONDS:
             return False
-        for number in self._deadlines.pop_due(first):
-            self._close(self._parked[number])
+        self._close(first)
         return True
 
+    def _turn_away(self, handler: Handler, reason: str) -> None:
+        """Answer for want of a thread or of room, without waiting for a request."""
+        handler.refusal = Unavailable(reason)
+        handler.attempt(handler.answer)
+        self._close(handler)
+
     def _read(self, handler: Handler) -> None:
-        """Take in what has arrived from a client and go on with it."""
-        if handler.wire.socket.fileno() < 0:  # it has given way to another since it was found readable
-            return
-        with handler.contained():
-            if not handler.wire.more():
-                raise Gone
-            handler.find_request()
+        handler.attempt(handler.receive)
         self._go_on(handler)
 
     def _go_on(self, handler: Handler) -> None:
-        """Answer what is quick, give to a thread what is not, and wait for what has not arrived."""
-        with handler.contained():
-            if handler.has_work() and handler.is_quick():
-                handler.answer()
+        """Give to a thread what is not quick, and wait for what has not arrived."""
         if handler.needs_thread():
             self._give(handler)
         elif handler.is_last:
@@ -3451,44 +3400,32 @@ class Server:
             self._park(handler)
 
     def _park(self, handler: Handler) -> None:
-        number = handler.wire.socket.fileno()
+        number = handler.socket.fileno()
         if number not in self._parked:
-            self._parked[number] = handler
-            self._selector.register(number, selectors.EVENT_READ, functools.partial(self._read, handler))
-        self._deadlines.put(number, handler.due)
+            self._selector.register(number, selectors.EVENT_READ)
+        if not handler.due:
+            handler.due = time.monotonic() + self.rules.request_timeout
+            self._parked.pop(number, None)
+            self._parked[number] = handler  # as the last one
 
     def _unpark(self, handler: Handler) -> None:
-        number = handler.wire.socket.fileno()
-        if self._parked.pop(number, None) is not None:
-            self._deadlines.drop(number)
+        number = handler.socket.fileno()
+        if self._parked.pop(number, None):
             self._selector.unregister(number)
 
     def _close(self, handler: Handler) -> None:
         self._unpark(handler)
-        handler.wire.close()
-        with self._lock:
-            self._connection_count -= 1
+        handler.close()
+        self._connection_count -= 1
 
     def _give(self, handler: Handler) -> None:
         """Give a connection to a thread, a new one if all have work; where none can be had, refuse the request."""
         self._unpark(handler)
-        with self._lock:
-            self._work_count += 1
-            needs_thread = self._work_count > self._thread_count
-            self._thread_count += needs_thread
-        try:
-            if needs_thread:
+        if not self._idle.acquire(blocking=False):
+            try:
                 threading.Thread(target=self._work, name="http", daemon=True).start()
-        except RuntimeError:  # the system gives no more
-            with self._lock:
-                self._thread_count -= 1
-                is_alone = self._thread_count == 0
-                self._work_count -= is_alone
-            if is_alone:
-                handler.refusal = Unavailable("the system gives the daemon no more threads; ask again later")
-                with handler.contained():
-                    handler.answer()
-                self._close(handler)
+            except RuntimeError:
+                self._turn_away(handler, "the system gives the daemon no more threads; ask again later")
                 return
         self._given.put(handler)
 
@@ -3498,53 +3435,26 @@ class Server:
             try:
                 handler = self._given.get(timeout=IDLE_SECONDS)
             except queue.Empty:
-                with self._lock:
-                    if self._work_count < self._thread_count:
-                        self._thread_count -= 1
-                        return
-                continue
-            with handler.contained():
-                handler.work()
-            self._give_back(handler)
-
-    def _give_back(self, handler: Handler) -> None:
-        """Return a connection to the accept loop, or end it; this thread is free before the next request can come."""
-        with self._lock:
-            is_over = self.is_over or handler.is_last
-            if not is_over:
-                self._returned.append(handler)
-                self._work_count -= 1
-        if is_over:
-            self._close(handler)
-        else:
-            with contextlib.suppress(OSError):  # the loop knows already, or has just ended
+                if self._idle.acquire(blocking=False):
+                    return
+                continue  # work is on its way to this thread
+            handler.attempt(handler.work)
+            self._idle.release()  # before the next request can come
+            self._returned.put(handler)
+            with contextlib.suppress(OSError):  # the loop knows already, or has ended
                 self._wake.send(b"x")
-        with self._lock:
-            self._work_count -= is_over
-            if self._work_count == 0:
-                self._work_ended.notify_all()
 
     def _take_back(self, back: socket.socket) -> None:
         back.recv(CHUNK_BYTES)
-        with self._lock:
-            returned, self._returned = self._returned, []
-        for handler in returned:
-            self._go_on(handler)
+        while not self._returned.empty():
+            self._go_on(self._returned.get())
 
     def drain(self, seconds: float) -> None:
         """Wait for the requests that are being answered, but no longer than so many seconds."""
-        with self._lock:
-            self._work_ended.wait_for(lambda: self._work_count == 0, seconds)
-
-
-def turn_away(connection: socket.socket) -> None:
-    """Close a connection for which there is no thread, with an answer that does not wait for its request."""
-    message = b'{"status": "error", "msg": "too many connections at once; try again later"}\n'
-    head = b"HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\nConnection: close\r\n"
-    with connection, contextlib.suppress(OSError):
-        connection.setblocking(False)
-        connection.send(head + b"Content-Length: %d\r\n\r\n" % len(message) + message)
-        connection.shutdown(socket.SHUT_WR)
+        end = time.monotonic() + seconds
+        with contextlib.suppress(queue.Empty):
+            while self._connection_count:
+                self._close(self._returned.get(timeout=max(0.0, end - time.monotonic())))
 
 
 # ---- 9. Command line -------------------------------------------------------------------------------------------------
@@ -3589,37 +3499,44 @@ def command(text: str) -> tuple[str, ...]:
     return (os.path.abspath(words[0]) if "/" in words[0] else words[0], *words[1:])
 
 
+OPTIONS = (  # the name, the check, what stands for the value in the help, and what it means
+    ("--host", str, "HOST", "address to listen on (%(default)s: this machine only)"),
+    ("--port", whole_number(0, 65535), "PORT", "port to listen on, 0 for any (%(default)s)"),
+    ("--data-dir", Path, "DIR", "where everything is kept (./%(default)s)"),
+    ("--job-slots", whole_number(1, 1000), "COUNT", "crawls that run at once (%(default)s)"),
+    ("--completed-cap", whole_number(1), "COUNT", "finished jobs to keep with their logs (%(default)s)"),
+    ("--keep-days", whole_number(1), "DAYS", "days after which finished jobs are forgotten"),
+    ("--keep-mib", whole_number(1), "MIB", "the most that logs of finished jobs may fill"),
+    ("--scrapy", command, "CMD", "the command that is Scrapy (this Python's '-m scrapy')"),
+    ("--kill-after", seconds, "SECONDS", "from SIGTERM to SIGKILL (%(default)g)"),
+    ("--job-timeout", seconds, "SECONDS", "for crawls whose job has no timeout (0: no limit)"),
+    ("--list-timeout", seconds, "SECONDS", "for 'scrapy list' (%(default)g)"),
+    ("--on-finish", command, "CMD", "started after each run, the job is its input"),
+    ("--max-upload", whole_number(1, 10**6), "MIB", "largest body (%(default)s)"),
+    ("--max-connections", whole_number(1, 10**5), "COUNT", "clients at once (%(default)s)"),
+    ("--request-timeout", seconds, "SECONDS", "for a request to arrive (%(default)g)"),
+    ("--auth-file", Path, "FILE", "users who may come in, a line USER:PASSWORD each"),
+    ("--tls-cert", Path, "FILE", "certificate chain; with it only HTTPS is spoken"),
+    ("--tls-key", Path, "FILE", "its private key, if that is in a file of its own"),
+    ("--tls-password-file", Path, "FILE", "the password of the key, if it has one"),
+)
+
+
 def parse_options(argv: list[str] | None) -> argparse.Namespace:
     """Return the options; None takes them from the command line. Wrong ones end the process with status 2."""
     parser = argparse.ArgumentParser(
         prog="scrapy-do", description=(__doc__ or "").splitlines()[0], allow_abbrev=False, fromfile_prefix_chars="@",
         epilog="@FILE takes options from a file, one word a line. The README explains schedules and the API.",
+        formatter_class=functools.partial(argparse.HelpFormatter, width=79),  # to find it out takes 0.6 MiB of imports
     )  # fmt: skip
     add = parser.add_argument
-    add("--host", default="127.0.0.1", help="address to listen on (%(default)s: this machine only)")
-    add("--port", type=whole_number(0, 65535), default=7654, help="port to listen on, 0 for any (%(default)s)")
-    add("--data-dir", type=Path, default=Path("scrapy-do-data"), help="where everything is kept (./%(default)s)")
-    add("--job-slots", type=whole_number(1, 1000), help="crawls that run at once (%(default)s)")
-    add("--completed-cap", type=whole_number(1), help="finished jobs to keep with their logs (%(default)s)")
-    add("--keep-days", type=whole_number(1), metavar="DAYS", help="days after which finished jobs are forgotten")
-    add("--keep-mib", type=whole_number(1), metavar="MIB", help="the most that logs of finished jobs may fill")
-    add("--scrapy", type=command, metavar="CMD", help="the command that is Scrapy (this Python's '-m scrapy')")
-    add("--kill-after", type=seconds, metavar="SECONDS", help="from SIGTERM to SIGKILL (%(default)g)")
-    add("--job-timeout", type=seconds, metavar="SECONDS", help="for crawls whose job has no timeout (0: no limit)")
-    add("--list-timeout", type=seconds, metavar="SECONDS", help="for 'scrapy list' (%(default)g)")
-    add("--on-finish", type=command, metavar="CMD", help="started after each run, the job is its input")
-    add("--max-upload", type=whole_number(1, 10**6), metavar="MIB", help="largest body (%(default)s)")
-    add("--max-connections", type=whole_number(1, 10**5), metavar="COUNT", help="clients at once (%(default)s)")
-    add("--request-timeout", type=seconds, metavar="SECONDS", help="for a request to arrive (%(default)g)")
-    add("--auth-file", type=Path, metavar="FILE", help="users who may come in, a line USER:PASSWORD each")
+    for name, check, metavar, meaning in OPTIONS:
+        add(name, type=check, metavar=metavar, help=meaning)
     add("--no-auth", action="store_true", help="let everybody in who reaches the port, whatever --host is")
     add("--allow-host", action="append", metavar="NAME", help="another name by which clients may call this machine")
-    add("--tls-cert", type=Path, metavar="FILE", help="certificate chain; with it only HTTPS is spoken")
-    add("--tls-key", type=Path, metavar="FILE", help="its private key, if that is in a file of its own")
-    add("--tls-password-file", type=Path, metavar="FILE", help="the password of the key, if it has one")
     add("--version", action="store_true", help="say which version this is, and no more")
-    limits = ("max_upload", "max_connections", "request_timeout")
-    parser.set_defaults(**Settings()._asdict(), **{name: Rules._field_defaults[name] for name in limits})
+    parser.set_defaults(host="127.0.0.1", port=7654, data_dir=Path("scrapy-do-data"))
+    parser.set_defaults(**Settings()._asdict(), **Rules(allow_host=[])._asdict())
     options = parser.parse_args(argv)
     if options.auth_file and options.no_auth:
         parser.error("--auth-file and --no-auth contradict each other")
@@ -3642,12 +3559,13 @@ def read_users(path: Path) -> dict[str, str]:
         raise ScrapyDoError(f"the users cannot be read from {path}: {error}; see --auth-file") from None
     users: dict[str, str] = {}
     for number, line in enumerate(lines, 1):
-        name, _, password = line.rstrip("\r").partition(":")
-        if line.strip() and not (name and password):
-            raise ScrapyDoError(f"line {number} of {path} is not of the form user:password")
+        name, _, password = line.partition(":")
         if name in users:
             raise ScrapyDoError(f"line {number} of {path} has the user of an earlier line again")
-        users |= {name: password} if password else {}
+        if name and password:
+            users[name] = password
+        elif line.strip():
+            raise ScrapyDoError(f"line {number} of {path} is not of the form user:password")
     if not users:
         raise ScrapyDoError(f"{path} has no users; write a line user:password for each")
     return users
@@ -3655,14 +3573,11 @@ def read_users(path: Path) -> dict[str, str]:
 
 def read_rules(options: argparse.Namespace) -> Rules:
     """Return what the options say of the server. Raise ScrapyDoError for files that do not do."""
-    return Rules(
-        max_upload=options.max_upload,
-        request_timeout=options.request_timeout,
-        max_connections=options.max_connections,
-        allow_host=tuple(options.allow_host or ()),
-        users=read_users(options.auth_file) if options.auth_file else None,
-        tls=Tls(options.tls_cert, options.tls_key, options.tls_password_file) if options.tls_cert else None,
-    )
+    if options.auth_file:
+        options.users = read_users(options.auth_file)
+    if options.tls_cert:
+        options.tls = Tls(options.tls_cert, options.tls_key, options.tls_password_file)
+    return Rules(**{name: getattr(options, name) for name in Rules._fields})
 
 
 def listen(options: argparse.Namespace) -> socket.socket:
@@ -3700,7 +3615,7 @@ def tell_supervisor(state: str) -> None:
     address = os.environ.get("NOTIFY_SOCKET", "")
     with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as wire:
         if address:
-            wire.sendto(state.encode(), address.replace("@", "\0", 1) if address.startswith("@") else address)
+            wire.sendto(state.encode(), re.sub("^@", "\0", address))
 
 
 def program() -> list[str]:
