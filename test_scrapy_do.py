@@ -3837,7 +3837,7 @@ def copied(outside, tmp_path):
     [
         (lambda source: source + "\nbreak\n", "cannot be started: SyntaxError: 'break' outside loop; mend it"),
         (lambda source: "print('x')", "cannot be started: it does not say its version; mend it"),
-        (lambda source: source.replace('add("--kill-after"', 'add("--kill"'), "unrecognized arguments: --kill-after 2"),
+        (lambda source: source.replace('"--kill-after"', '"--kill"'), "unrecognized arguments: --kill-after 2"),
         (lambda source: "while True: pass", ""),  # what comes of it is known when the next signal comes
     ],
     ids=["syntax", "another", "option", "endless"],
@@ -3893,7 +3893,7 @@ def test_nothing_is_reaped_or_ended_while_the_daemon_is_frozen(inside, tmp_path,
     wait_for(lambda: crawls["hold"].status() == psutil.STATUS_ZOMBIE)
     began = crawls["stubborn"].create_time()
     wait_for(lambda: time.time() > began + 1)
-    assert crawls["stubborn"].is_running()
+    assert crawls["stubborn"].status() != psutil.STATUS_ZOMBIE
     waiting = site.schedule()
     assert site.daemon._commit(site.daemon._take_next, is_fact=True) is None  # a slot that comes late
     assert site.try_post("cancel-job", id=jobs["stubborn"])[0] == 503
@@ -3992,6 +3992,25 @@ def test_a_stop_at_any_moment_of_a_reload_ends_it_well(outside, tmp_path):
         assert state(tmp_path)["jobs"][job]["status"] == "PENDING"
         site.start()
     assert "Traceback" not in site.log_path.read_text()
+
+
+def test_a_stop_that_comes_late_in_a_reload_is_for_the_next_program(outside, tmp_path):
+    (tmp_path / "note").write_text("#!/bin/sh\ntouch noting\nuntil [ -e noted ]; do sleep 0.02; done\n")
+    (tmp_path / "note").chmod(0o755)
+    site = outside("--on-finish", f"{tmp_path}/note", "--kill-after", "0.2")
+    site.push(stubborn=STUBBORN)
+    job = site.schedule("stubborn")
+    crawl = crawl_of(site, tmp_path, job)
+    site.wait_job(site.schedule())
+    wait_for((tmp_path / "noting").exists)
+    listens_again = site.hang_up()
+    wait_for(lambda: "reloading" in site.log_path.read_text())
+    site.process.terminate()
+    (tmp_path / "noted").touch()
+    listens_again()
+    assert site.process.wait(15) == 0
+    assert is_gone(crawl.pid)
+    assert state(tmp_path)["jobs"][job]["status"] == "PENDING"
 
 
 def test_jobs_run_once_each_while_it_is_reloaded_again_and_again(outside, tmp_path):
