@@ -3994,6 +3994,23 @@ def test_a_stop_at_any_moment_of_a_reload_ends_it_well(outside, tmp_path):
     assert "Traceback" not in site.log_path.read_text()
 
 
+def test_a_child_of_the_process_is_no_crawl_without_a_reload(outside, inside, tmp_path):
+    """A number may have been given again, in a container soon, to what its first command has started."""
+    site = outside()
+    site.push(hold=HOLD)
+    job = site.schedule("hold")
+    crawl_of(site, tmp_path, job)
+    site.stop()
+    with subprocess.Popen(["sleep", "60"]) as child:
+        change_state(tmp_path, lambda document: document["jobs"][job].update(status="RUNNING", pid=child.pid))
+        again = inside()
+        wait_for(lambda: state(tmp_path)["jobs"][job].get("pid") not in (None, child.pid))
+        release(tmp_path)
+        assert again.wait_job(job)["status"] == "SUCCESSFUL"
+        assert child.poll() is None
+        child.kill()
+
+
 def test_a_stop_that_comes_late_in_a_reload_is_for_the_next_program(outside, tmp_path):
     (tmp_path / "note").write_text("#!/bin/sh\ntouch noting\nuntil [ -e noted ]; do sleep 0.02; done\n")
     (tmp_path / "note").chmod(0o755)
