@@ -1186,14 +1186,6 @@ class Crawl:
         return os.getsid(pid) == self.pid or self._mark in read_environment(pid)
 
 
-def is_child(pid: int) -> bool:
-    """Tell whether a process is a child of this one, which may have ended but has not been reaped."""
-    with contextlib.suppress(ChildProcessError):
-        os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-        return True
-    return False
-
-
 def read_environment(pid: int) -> list[bytes]:
     """Return the environment that a process was started with. Raise OSError or psutil.Error when it is hidden.
 
@@ -1653,7 +1645,7 @@ class Daemon:
         """
         projects, jobs = self._store.load()
         running = {job.pid: job for job in jobs.values() if job.status is Status.RUNNING and job.pid is not None}
-        children = [(pid, job) for pid, job in running.items() if is_next and is_child(pid)]
+        children = running.items() if is_next else ()
         adopted = {job.identifier: (job, Crawl(pid, job.identifier)) for pid, job in children}
         self._store.sweep_work(adopted)
         finished = [identifier for identifier, job in jobs.items() if job.status in COMPLETED]
