@@ -7736,6 +7736,21 @@ def test_a_real_crawl_that_is_canceled_flushes_its_feed(real, website, tmp_path)
     assert "first" in (tmp_path / "data/spider-data/slow.jsonl").read_text()
 
 
+def test_a_real_crawl_goes_on_across_two_reloads_and_flushes_its_feed_when_it_is_canceled_then(real, website, tmp_path):
+    job = real.schedule("slow", project="real", payload=json.dumps({"site": website}))
+    for _ in range(2):
+        seen = real.log(job).count("/slow/")
+        wait_for(lambda seen=seen: real.log(job).count("/slow/") > seen)
+        real.reload()
+    seen = real.log(job).count("/slow/")
+    wait_for(lambda: real.log(job).count("/slow/") > seen)
+    real.post("cancel-job", id=job)
+    canceled, log = real.job(job), real.log(job)
+    assert (canceled["status"], canceled["exit_code"], canceled["stats"]["finish_reason"]) == ("CANCELED", 0, "shutdown")
+    assert (log.count("Received SIGTERM"), log.count("Spider opened")) == (1, 1), log
+    assert "first" in (tmp_path / "data/spider-data/slow.jsonl").read_text()
+
+
 def test_a_real_crawl_that_runs_too_long_flushes_its_feed_and_has_failed(real, website, tmp_path):
     job = real.wait_job(real.schedule("slow", project="real", payload=json.dumps({"site": website}), timeout=4))
     log = real.log(job["identifier"])
