@@ -1139,6 +1139,7 @@ class Crawl:
         self.pid = pid
         self.is_over = False
         self.ended_for = ""  # why the daemon has asked it to end: "cancel", "stop" or "timeout"
+        self.kill_at = 0.0  # when it is killed after that, as time.monotonic has it
         self._mark = f"SCRAPY_JOB={identifier}".encode()
 
     @classmethod
@@ -2136,10 +2137,11 @@ class Daemon:
         with self._lock:
             crawl = self._crawls.get(identifier)
             is_asked = crawl is not None and crawl.ended_for != ""
-        if crawl is not None and is_asked:
-            crawl.signal(signal.SIGKILL)
-        else:
+            is_late = crawl is not None and self._clock.monotonic() >= crawl.kill_at
+        if not is_asked:
             self._end_crawl(identifier, "timeout")
+        elif crawl is not None and is_late:  # else it was asked just before its timeout was over
+            crawl.signal(signal.SIGKILL)
 
     def _on_clock_set_back(self) -> None:
         def recover(draft: Draft) -> None:
@@ -2303,6 +2305,7 @@ class Daemon:
             self._crawl_changed.notify_all()
             is_asked, crawl.ended_for = crawl.ended_for != "", why
             if not is_asked:
+                crawl.kill_at = self._clock.monotonic() + self._settings.kill_after
                 self._timer.after(identifier, self._settings.kill_after)
         if not is_asked:
             crawl.signal(signal.SIGTERM)

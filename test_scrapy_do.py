@@ -3865,6 +3865,20 @@ def test_a_program_that_cannot_be_started_changes_nothing(copied, tmp_path, faul
     assert site.wait_job(job)["status"] == "SUCCESSFUL"
 
 
+def test_a_timeout_that_is_over_just_after_a_cancel_kills_nothing(inside, tmp_path):
+    site = inside(kill_after=60)
+    site.push(slow="trap 'echo asked' TERM; echo started; while [ ! -e $SPIDER_DATA_DIR/go ]; do sleep 0.02; done")
+    job = site.schedule("slow", timeout="600")
+    crawl_of(site, tmp_path, job)
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(site.try_post, "cancel-job", id=job)
+        wait_for(lambda: "asked" in site.log(job, "out"))
+        site.daemon._on_deadline(job)  # as the timer does that has looked before the cancel
+        release(tmp_path)
+        assert asked.result(30)[0] == 200
+    assert (site.job(job)["status"], site.job(job)["exit_code"]) == ("CANCELED", 0)
+
+
 def test_a_reload_that_would_take_long_is_given_up(inside, tmp_path, monkeypatch):
     site = inside(kill_after=60)
     loop = "echo started; while [ ! -e $SPIDER_DATA_DIR/go ]; do sleep 0.02; done"
@@ -7508,7 +7522,7 @@ def test_a_service_manager_is_told_of_the_start_a_reload_and_the_stop(outside, t
 def test_the_file_stays_short_enough_to_be_read():
     """Growing is a decision: whoever raises the number has looked for the simpler shape."""
     source = MODULE.read_text()
-    assert len(source.splitlines()) <= 3945
+    assert len(source.splitlines()) <= 3948
     banners = re.findall(r"^# ---- ([0-9]+)\. ", source, re.MULTILINE)
     assert banners == [str(number) for number in range(1, 11)]
 
