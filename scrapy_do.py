@@ -3575,11 +3575,14 @@ def read_rules(options: argparse.Namespace) -> Rules:
     return Rules(**{name: getattr(options, name) for name in Rules._fields})
 
 
-def listen(options: argparse.Namespace) -> socket.socket:
-    """Return a socket that listens, without asking DNS for a name. Raise ScrapyDoError when it cannot be had."""
+def listen(options: argparse.Namespace, former: socket.socket | None) -> socket.socket:
+    """Return a socket that listens, without asking DNS for a name. Raise ScrapyDoError when it cannot be had.
+
+    `former` is one that does so already, None makes one. Its options may have been others, so it is checked, too.
+    """
     family = socket.AF_INET6 if ":" in options.host else socket.AF_INET
     try:
-        listening = socket.create_server((options.host, options.port), family=family, backlog=BACKLOG_COUNT)
+        listening = former or socket.create_server((options.host, options.port), family=family, backlog=BACKLOG_COUNT)
     except OSError as error:
         raise Conflict(
             f"cannot listen on {options.host}, port {options.port}: {error.strerror or error}; "
@@ -3589,7 +3592,7 @@ def listen(options: argparse.Namespace) -> socket.socket:
     if not (host.startswith("127.") or host == "::1" or options.auth_file or options.no_auth):
         listening.close()
         raise Forbidden(
-            f"whoever reaches {options.host} could run code as this user; name the users who may by --auth-file, or "
+            f"whoever reaches {host} could run code as this user; name the users who may by --auth-file, or "
             "say --no-auth if something in front of the daemon checks them"
         )
     return listening
@@ -3685,7 +3688,7 @@ def serve(options: argparse.Namespace, signals: socket.socket, wake: socket.sock
 
     try:
         rules, former = read_rules(options), inherit()
-        server = Server(former or listen(options), daemon, rules)
+        server = Server(listen(options, former), daemon, rules)
         daemon.start(is_next=former is not None)
         host = f"[{server.host}]" if ":" in server.host else server.host
         log(f"scrapy-do {__version__} listens on {'https' if server.rules.tls else 'http'}://{host}:{server.port}")

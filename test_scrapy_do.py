@@ -3978,6 +3978,18 @@ def test_more_crawls_than_slots_after_a_reload_all_come_to_their_end(outside, tm
     assert site.wait_job(last)["status"] == "SUCCESSFUL"
 
 
+def test_a_reload_lets_nobody_in_without_a_password(outside, tmp_path):
+    (tmp_path / "users").write_text("ala:kot")
+    (tmp_path / "users").chmod(0o600)
+    (tmp_path / "options").write_text(f"--host\n0.0.0.0\n--auth-file\n{tmp_path}/users\n")
+    site = outside("@options")
+    assert site.call("GET", "/status.json")[0] == 401
+    (tmp_path / "options").write_text("--host\n0.0.0.0\n")
+    site.process.send_signal(signal.SIGHUP)
+    assert site.process.wait(30) == 1
+    assert "name the users who may by --auth-file" in site.log_path.read_text()
+
+
 def test_a_crash_after_a_reload_is_like_any_other(outside, tmp_path):
     site = outside()
     site.push(hold="echo $$ >> $SPIDER_DATA_DIR/pids; " + HOLD)
