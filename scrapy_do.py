@@ -3652,7 +3652,7 @@ def prepare_reload(daemon: Daemon, turn: threading.Lock, wake: socket.socket) ->
 
 
 def reload(daemon: Daemon, listening: socket.socket, signals: socket.socket) -> None:
-    """Execute the program again in this process, once the daemon is frozen. Raise ScrapyDoError when that fails.
+    """Execute the program again in this process, once the daemon is frozen; end as in a crash when that fails.
 
     Clients wait until the next daemon takes their connections from the same socket. A signal that comes too late for
     this one stays pending for the next, see execve(2); one that another thread gets then has the effect of a crash.
@@ -3670,7 +3670,8 @@ def reload(daemon: Daemon, listening: socket.socket, signals: socket.socket) -> 
     try:
         os.execv(sys.executable, program())
     except OSError as error:
-        raise ScrapyDoError(f"{sys.executable} cannot be executed: {error}; start the daemon again") from None
+        log(f"{sys.executable} cannot be executed: {error}; start the daemon again")
+        os._exit(1)  # as in a crash: without timer and writer no crawl can be ended well
 
 
 def serve(options: argparse.Namespace, signals: socket.socket, wake: socket.socket) -> None:

@@ -3990,6 +3990,30 @@ def test_a_reload_lets_nobody_in_without_a_password(outside, tmp_path):
     assert "name the users who may by --auth-file" in site.log_path.read_text()
 
 
+NO_EXEC = """
+import os, runpy, sys
+def refuse(*args):
+    raise OSError(12, os.strerror(12))
+os.execv = refuse
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_a_program_that_cannot_be_executed_is_like_a_crash(outside, tmp_path):
+    site = outside("--kill-after", "0.3", command=(sys.executable, "-c", NO_EXEC, str(MODULE)))
+    site.push(stubborn=STUBBORN)
+    job = site.schedule("stubborn")
+    crawl = crawl_of(site, tmp_path, job)
+    site.process.send_signal(signal.SIGHUP)
+    assert site.process.wait(30) == 1
+    assert "cannot be executed: [Errno 12]" in site.log_path.read_text()
+    assert "Traceback" not in site.log_path.read_text()
+    site.start()
+    assert is_gone(crawl.pid)
+    assert f"job {job} is PENDING again" in site.log_path.read_text()
+
+
 def test_a_crash_after_a_reload_is_like_any_other(outside, tmp_path):
     site = outside()
     site.push(hold="echo $$ >> $SPIDER_DATA_DIR/pids; " + HOLD)
@@ -7534,7 +7558,7 @@ def test_a_service_manager_is_told_of_the_start_a_reload_and_the_stop(outside, t
 def test_the_file_stays_short_enough_to_be_read():
     """Growing is a decision: whoever raises the number has looked for the simpler shape."""
     source = MODULE.read_text()
-    assert len(source.splitlines()) <= 3948
+    assert len(source.splitlines()) <= 3949
     banners = re.findall(r"^# ---- ([0-9]+)\. ", source, re.MULTILINE)
     assert banners == [str(number) for number in range(1, 11)]
 
