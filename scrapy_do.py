@@ -1635,6 +1635,7 @@ class Daemon:
         self._firings: list[Change] = []  # of schedules that are due: thousands at one instant hold no request up
         self._cpu_mark = time.process_time(), self._began  # seconds of CPU, and when that was, at the last status
         self._resting: set[str] = set()  # jobs of which a slot does nothing but wait for their crawl
+        self._surplus_slots = 0  # to end when their crawl has: a former daemon in this process had more of them
         self._is_frozen = self._is_closing = self._is_writer_done = False
 
     # Start and stop
@@ -1673,8 +1674,10 @@ class Daemon:
 
         self._commit(adopt, is_fact=True)
         self._timer.start()
-        for number, first in itertools.zip_longest(range(1, self._settings.job_slots + 1), adopted.values()):
-            slot = threading.Thread(target=self._run_slot, args=(number, first), name=f"slot-{number}", daemon=True)
+        count = max(self._settings.job_slots, len(adopted))
+        self._surplus_slots = count - self._settings.job_slots
+        for number, first in itertools.zip_longest(range(1, count + 1), adopted.values()):
+            slot = threading.Thread(target=self._run_slot, args=(first,), name=f"slot-{number}", daemon=True)
             self._slots.append(slot)
             slot.start()
 
@@ -2178,12 +2181,15 @@ class Daemon:
 
     # Slots
 
-    def _run_slot(self, number: int | None, first: tuple[Job, Crawl] | None) -> None:
-        """Do the work of a slot's thread: of one without a number, only to wait for a crawl that runs already."""
+    def _run_slot(self, first: tuple[Job, Crawl] | None) -> None:
+        """Do the work of a slot's thread, which may begin with a crawl that runs already."""
         if first is not None:
             self._run_job(*first)
-        while number is not None:
+        while True:
             with self._lock:
+                if self._surplus_slots:
+                    self._surplus_slots -= 1
+                    return
                 self._job_waits.wait_for(lambda: self._is_closing or self._may_start_locked())
                 if self._is_closing:
                     return
