@@ -7537,11 +7537,13 @@ def test_events_are_log_lines_that_cannot_be_faked(outside):
 
 @pytest.mark.parametrize("is_abstract", [False, True])
 def test_a_service_manager_is_told_of_the_start_a_reload_and_the_stop(outside, tmp_path, is_abstract):
+    shutil.copy(MODULE, tmp_path)
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
         name = f"scrapy-do-{uuid.uuid4()}" if is_abstract else str(tmp_path / "notify")
         manager.bind("\0" + name if is_abstract else name)
         manager.settimeout(30)
-        site = outside(environment={"NOTIFY_SOCKET": "@" + name if is_abstract else name})
+        address = "@" + name if is_abstract else name
+        site = outside(environment={"NOTIFY_SOCKET": address}, command=(sys.executable, "scrapy_do.py"))
         assert manager.recv(100) == b"READY=1"
         site.push(speaker='echo "${NOTIFY_SOCKET-none}"')
         assert site.log(site.wait_job(site.schedule("speaker"))["identifier"], "out") == "none\n"
@@ -7551,6 +7553,11 @@ def test_a_service_manager_is_told_of_the_start_a_reload_and_the_stop(outside, t
         assert reloading == b"RELOADING=1"
         assert before < int(moment) / 1e6 < time.clock_gettime(time.CLOCK_MONOTONIC)
         assert manager.recv(100) == b"READY=1"
+        (tmp_path / "scrapy_do.py").write_text("break")
+        site.process.send_signal(signal.SIGHUP)
+        assert manager.recv(100).startswith(b"RELOADING=1")
+        assert manager.recv(100) == b"READY=1"
+        assert "not reloaded" in site.log_path.read_text()
         site.process.send_signal(signal.SIGTERM)
         assert manager.recv(100) == b"STOPPING=1"
         assert site.process.wait(30) == 0
