@@ -4085,6 +4085,44 @@ def test_a_stop_that_comes_late_in_a_reload_is_for_the_next_program(outside, tmp
     assert state(tmp_path)["jobs"][job]["status"] == "PENDING"
 
 
+@contextlib.contextmanager
+def request_across_a_reload(site):
+    """Send SIGHUP while a request has half arrived, and yield its connection and the rest when all others are closed."""
+    body = json.dumps({"project": "shop", "spider": "quick", "when": "every 2 hours"}).encode()
+    with contextlib.ExitStack() as stack:
+        half, idle = (stack.enter_context(socket.create_connection(("127.0.0.1", site.port), timeout=30)) for _ in range(2))
+        half.sendall(post_of("/schedule-job.json", body, JSON)[: -len(body) // 2])
+        idle.sendall(head_of())
+        assert idle.recv(100_000).startswith(b"HTTP/1.1 200 ")
+        site.process.send_signal(signal.SIGHUP)
+        while idle.recv(100_000):
+            pass
+        yield half, body[-len(body) // 2 :]
+
+
+def test_a_request_that_arrives_during_a_reload_is_answered_before_it(outside):
+    site = outside()
+    site.push()
+    began = site.log_bytes()
+    with request_across_a_reload(site) as (line, rest):
+        line.sendall(rest)
+        answer = line.recv(100_000)
+    assert answer.startswith(b"HTTP/1.1 200 ")
+    site.wait_until_it_listens(began)
+    assert [job["identifier"].encode() in answer for job in site.jobs("SCHEDULED")] == [True]
+
+
+def test_a_stop_while_a_reload_waits_for_a_request_comes_first(outside, tmp_path):
+    site = outside("--kill-after", "0.3")
+    site.push(hold=HOLD)
+    job = site.schedule("hold")
+    crawl = crawl_of(site, tmp_path, job)
+    with request_across_a_reload(site):
+        assert site.stop() == 0
+    assert is_gone(crawl.pid)
+    assert state(tmp_path)["jobs"][job]["status"] == "PENDING"
+
+
 def test_jobs_run_once_each_while_it_is_reloaded_again_and_again(outside, tmp_path):
     """By hand for longer: RELOADS=200 python -m pytest -k reloaded_again."""
     site = outside("--job-slots", "3", "--completed-cap", "100000")
