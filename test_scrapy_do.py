@@ -7604,7 +7604,7 @@ def test_a_service_manager_is_told_of_the_start_a_reload_and_the_stop(outside, t
 def test_the_file_stays_short_enough_to_be_read():
     """Growing is a decision: whoever raises the number has looked for the simpler shape."""
     source = MODULE.read_text()
-    assert len(source.splitlines()) <= 3955
+    assert len(source.splitlines()) <= 3958
     banners = re.findall(r"^# ---- ([0-9]+)\. ", source, re.MULTILINE)
     assert banners == [str(number) for number in range(1, 11)]
 
