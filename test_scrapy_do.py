@@ -3009,6 +3009,7 @@ def test_a_crawl_that_runs_longer_than_its_timeout_is_ended_and_has_failed(insid
     wanted = ("FAILED", code, "it ran longer than its timeout of 0.5 s", None if whose == "option" else 0.5)
     assert (job["status"], job["exit_code"], job["reason"], job["timeout"]) == wanted
     assert ("bye" in site.log(job["identifier"], "out")) == (spider == "polite")
+    assert (tmp_path / "data/spider-data/pids").exists() == (spider == "stubborn")
     assert alive(tmp_path / "data/spider-data/pids") == []
     assert site.wait_job(site.schedule(timeout="30"))["status"] == "SUCCESSFUL"
     check_counts(site.get("status"))
@@ -3248,7 +3249,7 @@ def test_a_start_forgets_what_is_not_to_be_kept_any_more(outside, tmp_path, opti
     wait_for(lambda: kept_logs(tmp_path) == set(jobs[-left:]))
 
 
-NOTE = """#!/bin/sh
+NOTICE = """#!/bin/sh
 # What --on-finish starts: it keeps what it got, and what was on the disk then.
 cp data/state.json notes/state
 cat > notes/input
@@ -3262,7 +3263,7 @@ mkdir notes
 def notes(tmp_path):
     """Return a function that gives what the command of --on-finish got for a job."""
     (tmp_path / "notes").mkdir()
-    (tmp_path / "note").write_text(NOTE)
+    (tmp_path / "note").write_text(NOTICE)
     (tmp_path / "note").chmod(0o755)
 
     def read(job):
@@ -5273,6 +5274,7 @@ def test_a_daemon_without_file_descriptors_waits_and_recovers(outside, tmp_path)
         line.sendall(b"GET /status.json HTTP/1.1\r\nHost: x\r\n\r\n")
         assert select.select([line], [], [], 0.3)[0] == []
     assert site.wait_job(running)["status"] == "SUCCESSFUL"
+    assert (tmp_path / "data/spider-data/pids").exists()
     assert alive(tmp_path / "data/spider-data/pids") == []
     wait_for(lambda: state(tmp_path)["jobs"][running]["status"] == "SUCCESSFUL")
     site.post("cancel-job", id=kept)
@@ -7409,12 +7411,12 @@ FRAMINGS = [  # what says, truly or not, how long a body is
 SIZES = ["{n:x}", "{n:x}", "{n:X} ;a=b", "{m:x}", "0{n:x}", "0x{n:x}", "+{n:x}", "{m:x}", "{n:x};\n", " {n:x}", "-{n:x}", "{n:x}\r", "{n}"]
 ENDS = ["0\r\n\r\n", "0\r\n\r\n", "00;x\r\nContent-Length: 9\r\n\r\n", "0\r\n", "0\n\n", "", "0\r\nX: y\r\n\r\n"]
 HIDDEN = "GET /list-jobs.json?id=hidden HTTP/1.1\r\nHost: localhost\r\n\r\n"
-TAILS = st.sampled_from(["", "\r\n\r\n" + HIDDEN, HIDDEN, "\r\n0\r\n\r\n" + HIDDEN])
+REMAINDERS = st.sampled_from(["", "\r\n\r\n" + HIDDEN, HIDDEN, "\r\n0\r\n\r\n" + HIDDEN])
 LIES = st.sampled_from([-1, -2, -3, 1, 2, 90])
 REQUESTS = st.one_of(  # one oddity, or two, or many
-    st.tuples(st.sampled_from([[line] for line in FRAMINGS]), st.just(SIZES[0]), st.just(ENDS[0]), TAILS, LIES),
-    st.tuples(st.just(FRAMINGS[2:3]), st.sampled_from(SIZES), st.sampled_from(ENDS), TAILS, LIES),
-    st.tuples(st.lists(st.sampled_from(FRAMINGS), max_size=2), st.sampled_from(SIZES), st.sampled_from(ENDS), TAILS, LIES),
+    st.tuples(st.sampled_from([[line] for line in FRAMINGS]), st.just(SIZES[0]), st.just(ENDS[0]), REMAINDERS, LIES),
+    st.tuples(st.just(FRAMINGS[2:3]), st.sampled_from(SIZES), st.sampled_from(ENDS), REMAINDERS, LIES),
+    st.tuples(st.lists(st.sampled_from(FRAMINGS), max_size=2), st.sampled_from(SIZES), st.sampled_from(ENDS), REMAINDERS, LIES),
 )
 
 
