@@ -1649,10 +1649,10 @@ class Daemon:
         running = {job.pid: job for job in jobs.values() if job.status is Status.RUNNING and job.pid is not None}
         children = running.items() if is_next else ()
         adopted = {job.identifier: (job, Crawl(pid, job.identifier)) for pid, job in children}
-        self._store.sweep_work(adopted)
         finished = [identifier for identifier, job in jobs.items() if job.status in COMPLETED]
         self._log_bytes.update({identifier: self._store.log_bytes(identifier) for identifier in finished})
         self._end_leftovers(running.values(), adopted)
+        self._store.sweep_work(adopted)
         draft = Draft(projects, jobs, self._clock.time())
         for job in jobs.values():
             if job.identifier not in adopted:
@@ -1685,13 +1685,14 @@ class Daemon:
         """End the crawls of a daemon that was killed: they are known by their number, or by our folder."""
         mark = f"SPIDER_DATA_DIR={self._store.spider_data}".encode()
         created = {job.pid: job.pid_created for job in running if job.identifier not in adopted}
+        kept = {f"SCRAPY_JOB={identifier}".encode() for identifier in adopted}
 
         def is_leftover(pid: int) -> bool:
             if pid in created and psutil.Process(pid).create_time() == created[pid]:
                 return True
             environment = read_environment(pid)
-            jobs = [line[len(b"SCRAPY_JOB=") :].decode() for line in environment if line.startswith(b"SCRAPY_JOB=")]
-            return mark in environment and jobs != [] and jobs[0] not in adopted
+            jobs = {line for line in environment if line.startswith(b"SCRAPY_JOB=")}
+            return mark in environment and not jobs <= kept
 
         end_processes(lambda: find_processes(is_leftover))
 
