@@ -73,6 +73,7 @@ HEADERS_COUNT = 100
 TEXT_BYTES = MIB  # the longest value of a parameter that is not an archive
 REPEATS_COUNT = 100  # of a parameter that may be repeated,
 REPEATS_BYTES = 100 * 1024  # and all its values together; Linux takes 128 KiB for one argument of a command
+QUICK_LIST_BYTES = 256 * 1024  # up to which a list of jobs takes few milliseconds at the most
 ARCHIVE_ENTRIES = 10_000
 FOLDER_DEPTH = 50
 ZIP_HEADER_BYTES = 30  # before the name of an entry and its data
@@ -503,6 +504,11 @@ class Job(NamedTuple):
             "exit_code": self.exit_code, "reason": self.reason,
             "stats": None if self.stats is None else self.stats._asdict(),
         }  # fmt: skip
+
+    def length(self) -> int:
+        """Return about how many bytes `view` takes as JSON."""
+        texts = (self.payload, self.description, self.reason or "", *self.arg, *self.setting)
+        return 600 + sum(map(len, texts))
 
     def recurrence(self) -> Recurrence:
         """Return when the job is due. Raise SpecError for a spec that does not parse, or that is 'now'."""
@@ -1628,6 +1634,7 @@ class Daemon:
         self._records: Sections = {"projects": self._projects, "jobs": self._jobs}  # as the store wants them
         self._by_status: dict[Status, dict[str, None]] = {status: {} for status in Status}
         self._completed: dict[str, None] = {}  # the oldest first
+        self.list_bytes = 0  # about how long a list of all jobs is; anybody may read it
         self._log_bytes: dict[str, int] = {}  # of jobs that have logs: as they were at the start or after their crawl
         self._counts = dict.fromkeys(("jobs-run", "jobs-successful", "jobs-failed", "jobs-canceled", "runs-skipped"), 0)
         self._crawls: dict[str, Crawl] = {}  # what runs now: by the job's identifier, or a listing's own
@@ -1662,6 +1669,7 @@ class Daemon:
             self._projects.update(projects)
             self._jobs.update(jobs)
             self._counts["jobs-run"] = len(adopted)
+            self.list_bytes = sum(job.length() for job in jobs.values())
             for job in sorted(jobs.values(), key=lambda job: job.status in COMPLETED and job.timestamp):
                 self._index_locked(job)
         self._writer.start()
@@ -1849,7 +1857,8 @@ class Daemon:
                     self._projects.pop(key, None)
                 else:
                     self._unindex_locked(key)
-                    self._jobs.pop(key, None)
+                    if (job := self._jobs.pop(key, None)) is not None:
+                        self.list_bytes -= job.length()
                     self._log_bytes.pop(key, None)
         for event in draft.events:
             log(event)
@@ -1872,6 +1881,7 @@ class Daemon:
                 self._counts["jobs-run"] += 1
             elif former.status is Status.RUNNING and job.status in COMPLETED:
                 self._counts[f"jobs-{job.status.value.lower()}"] += 1
+        self.list_bytes += job.length() - (former.length() if former is not None else 0)
         self._jobs[job.identifier] = job
         self._index_locked(job)
 
@@ -2814,7 +2824,7 @@ class Route(NamedTuple):
     required: tuple[str, ...] = ()
     optional: tuple[str, ...] = ()
     repeatable: tuple[str, ...] = ()  # optional, too
-    is_quick: bool = False  # answered from memory, shortly
+    quick_bytes: float = -1  # answered from memory, and shortly while a list of all jobs is no longer than that
 
     def explain(self) -> str:
         """Return which parameters exist."""
@@ -2868,15 +2878,18 @@ READS, CHANGES = ("GET", "HEAD"), ("POST",)
 ROUTES = {
     f"/{route.name}": route
     for route in (
-        Route("status.json", READS, Daemon.status, is_quick=True),
+        Route("status.json", READS, Daemon.status, quick_bytes=float("inf")),
         Route("push-project.json", CHANGES, lambda daemon, archive: daemon.push(archive), ("archive",)),
-        Route("list-projects.json", READS, lambda daemon: {"projects": daemon.projects()}, is_quick=True),
-        Route("list-spiders.json", READS, Daemon.spiders, ("project",), is_quick=True),
+        Route("list-projects.json", READS, lambda daemon: {"projects": daemon.projects()}, quick_bytes=float("inf")),
+        Route("list-spiders.json", READS, Daemon.spiders, ("project",), quick_bytes=float("inf")),
         Route(
             "schedule-job.json", CHANGES, Daemon.schedule,
             ("project", "spider", "when"), ("description", "payload", "timeout"), ("arg", "setting"),
         ),
-        Route("list-jobs.json", READS, list_jobs, (), ("status", "id", "project", "spider", "limit")),
+        Route(
+            "list-jobs.json", READS, list_jobs, (), ("status", "id", "project", "spider", "limit"),
+            quick_bytes=QUICK_LIST_BYTES,
+        ),
         Route("cancel-job.json", CHANGES, lambda daemon, id: daemon.cancel(id), ("id",)),
         Route("remove-project.json", CHANGES, Daemon.remove, ("name",)),
     )
@@ -3077,7 +3090,7 @@ class Handler(Wire):
         if self.buffer or isinstance(self.refusal, WrongPassword):
             return False
         route = ROUTES.get(self.request.path)
-        return self.refusal is not None or (route is not None and route.is_quick)
+        return self.refusal is not None or (route is not None and self.server.daemon.list_bytes <= route.quick_bytes)
 
     def needs_thread(self) -> bool:
         """Tell whether there is something that the accept loop must not wait for."""

@@ -3521,6 +3521,23 @@ def test_a_job_that_fails_at_the_start_takes_the_place_of_one_other(outside, tmp
     assert [job["identifier"] for job in site.jobs("COMPLETED")] == [jobs[2], jobs[1]]
 
 
+def test_the_length_of_the_list_is_known_without_listing(inside, tmp_path):
+    """It decides whether the accept loop may answer; other requests must not wait for a long one."""
+    site = inside(completed_cap=2)
+    site.push()
+    schedule = site.schedule(when="every 2 hours", description="a" * 1000, payload=json.dumps({"a": "b" * 300_000}))
+    for _ in range(4):
+        site.wait_job(site.schedule(arg=["a=b", "c=" + "d" * 5000]))
+    real = len(json.dumps(site.jobs("ACTIVE") + site.jobs("COMPLETED")))
+    assert real * 0.8 < site.daemon.list_bytes < real * 1.2  # of which most are texts
+    assert site.daemon.list_bytes > scrapy_do.QUICK_LIST_BYTES
+    site.post("cancel-job", id=schedule)
+    for _ in range(3):
+        site.wait_job(site.schedule())
+    wait_for(lambda: len(site.jobs("COMPLETED")) == 2)
+    assert 1 <= site.daemon.list_bytes / len(json.dumps(site.jobs("COMPLETED"))) < 2
+
+
 def test_every_second_runs_every_second(outside, tmp_path):
     site = outside("--completed-cap", "100")
     site.push()
@@ -6390,12 +6407,12 @@ def test_thread_that_cannot_be_started_costs_one_connection(site, monkeypatch, c
     with monkeypatch.context() as patch:
         patch.setattr(scrapy_do.threading, "Thread", refuse)
         for _ in range(4):
-            check_refusal(speak(site, head_of("/list-jobs.json?status=ACTIVE")), 503)
+            check_refusal(speak(site, head_of(f"/get-log/data/{UNKNOWN}.out")), 503)
     assert "Traceback" not in capsys.readouterr().err
     with Line(site) as first, Line(site) as second:
         for line in (first, second):
-            line.send(head_of("/list-jobs.json?status=ACTIVE"))
-            assert line.answer()[0] == 200
+            line.send(head_of(f"/get-log/data/{UNKNOWN}.out"))
+            assert line.answer()[0] == 404
 
 
 def test_slow_connections_give_way_to_a_new_one(outside):
@@ -6839,7 +6856,7 @@ def test_many_requests_come_over_one_tls_connection(encrypted, tmp_path):
     context = ssl.create_default_context(cafile=tmp_path / "cert.pem")
     line = socket.create_connection(("localhost", encrypted.port), 30)
     with context.wrap_socket(line, server_hostname="localhost") as line, line.makefile("rb") as file:
-        for requests_ in [head_of(), head_of("/list-jobs.json?status=ACTIVE"), head_of("/nothing")] * 5 + [head_of() * 100]:
+        for requests_ in [head_of(), head_of(f"/get-log/data/{UNKNOWN}.out"), head_of("/nothing")] * 5 + [head_of() * 100]:
             line.sendall(requests_)
             for _ in range(requests_.count(b"GET")):
                 assert file.readline() in (b"HTTP/1.1 200 OK\r\n", b"HTTP/1.1 404 Not Found\r\n")
@@ -7618,7 +7635,7 @@ def test_a_service_manager_is_told_of_the_start_a_reload_and_the_stop(outside, t
 def test_the_file_stays_short_enough_to_be_read():
     """Growing is a decision: whoever raises the number has looked for the simpler shape."""
     source = MODULE.read_text()
-    assert len(source.splitlines()) <= 3959
+    assert len(source.splitlines()) <= 3972
     banners = re.findall(r"^# ---- ([0-9]+)\. ", source, re.MULTILINE)
     assert banners == [str(number) for number in range(1, 11)]
 
