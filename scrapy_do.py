@@ -3691,7 +3691,7 @@ def parse_options(argv: list[str] | None) -> argparse.Namespace:
         for name, check, metavar, meaning in rows:
             value = defaults.get(name[2:].replace("-", "_"))
             shown = f" ({value:g})" if isinstance(value, float) else f" ({value})"
-            shown = shown if value and name != "--scrapy" else ""
+            shown = shown if value is not None and not isinstance(value, tuple) else ""
             group.add_argument(name, type=check, metavar=metavar, help=meaning + shown)
     group.add_argument("--no-auth", action="store_true", help="let in everybody on any --host")
     more = "one more name of this machine, or NAME:PORT; may be repeated"
@@ -3745,7 +3745,7 @@ def warn_of_surroundings(options: argparse.Namespace) -> None:
     elif "{project}" not in scrapy[0] and not find_command(scrapy[0]):
         log(f"warning: there is no command '{scrapy[0]}'; install it, or see --scrapy")
     zone = os.environ.get("TZ", "").removeprefix(":")
-    is_known = os.path.exists(os.path.join("/usr/share/zoneinfo", zone))
+    is_known = not zone or os.path.exists(os.path.join("/usr/share/zoneinfo", zone))
     if not is_known and not re.match(r"(<[^>]+>|[A-Za-z]{3,})[+-]?[0-9]", zone):
         log(f"warning: there is no time zone {quoted(zone)}, so times are UTC; set TZ to another")
     if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
