@@ -1049,7 +1049,8 @@ def unpack(archive: Path, folder: Path) -> Layout:
         raise BadRequest(f"the archive cannot be unpacked: {why:.300}; zip it anew") from None
     except Exception as error:  # a damaged file makes zipfile raise nearly anything
         raise BadRequest(explain_archive(archive, error)) from None
-    return read_layout(folder)
+    names = {entry.filename.replace("\\", "/") for entry in entries}
+    return read_layout(folder, [name for name in names if name.split("/")[-1] == "scrapy.cfg"])
 
 
 def extract(bundle: Any, entry: Any, folder: Path, budget: int) -> int:
@@ -1099,24 +1100,23 @@ def explain_archive(archive: Path, error: Exception) -> str:
     return f"the archive is {what}; make a zip, 'git archive -o demo.zip HEAD', and {good}"
 
 
-def read_layout(folder: Path) -> Layout:
-    """Find and read the one `scrapy.cfg` of an unpacked archive. Raise BadRequest if that fails."""
+def read_layout(folder: Path, found: Sequence[str]) -> Layout:
+    """Read the one `scrapy.cfg` of an unpacked archive. Raise BadRequest if that fails."""
     import configparser
 
-    found = sorted(path for path in folder.rglob("scrapy.cfg") if path.is_file())
     if len(found) != 1:
-        names = ", ".join(str(path.relative_to(folder)) for path in found[:5])
+        names = ", ".join(sorted(found)[:5])
         listed = f"several scrapy.cfg: {names:.300}" if found else "no scrapy.cfg"
         raise BadRequest(f"the archive has {listed}; zip the folder of one project, with its own")
     config = configparser.ConfigParser(interpolation=None)
     try:
-        config.read_string(found[0].read_text(encoding="utf-8-sig"))
+        config.read_string((folder / found[0]).read_text(encoding="utf-8-sig"))
     except (configparser.Error, UnicodeDecodeError) as error:
         raise BadRequest(f"scrapy.cfg cannot be read: {error!s:.500}") from None
     name = deploy_name(config)
     default = config.get("settings", "default", fallback="")
     settings = config.get("settings", name, fallback=default).strip()
-    where = str(found[0].parent.relative_to(folder))
+    where = str(Path(found[0]).parent)
     return Layout(name, "" if where == "." else where, settings)
 
 
@@ -3192,7 +3192,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.rfile = io.BufferedReader(self.wire, CHUNK_BYTES)
         self.wfile = io.BytesIO()  # http.server flushes it; answers are sent by `_send`
         self.is_known = False  # it has shown a password
-        self.idle_since: float | None = time.monotonic()  # None while a request is being answered
+        self.accepted = time.monotonic()
+        self.idle_since: float | None = self.accepted  # None while a request is being answered
         self.is_read = True  # all of the request
         self.command = ""
         self.server.note(self)
@@ -3600,10 +3601,17 @@ class Server(http.server.ThreadingHTTPServer):
         return True
 
     def drain(self, seconds: float) -> None:
-        """Wait for the requests that are being answered, but no longer than so many seconds."""
+        """Wait for the requests that are being answered, but no longer than so many seconds.
+
+        A connection that was just accepted has a request on its way.
+        """
         self.is_draining = True
         end = time.monotonic() + seconds
-        while time.monotonic() < end and any(h.idle_since is None for h in list(self._open)):
+        while (now := time.monotonic()) < end:
+            idle = [h for h in list(self._open) if h.idle_since is not None]
+            quiet = [h for h in idle if h.command or now > h.accepted + GRACE_SECONDS]
+            if self._count <= len(quiet):
+                break
             time.sleep(DESCRIPTOR_SECONDS / 5)
         self.is_draining = False
 

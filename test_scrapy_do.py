@@ -4662,6 +4662,23 @@ def test_a_request_that_arrives_during_a_reload_is_answered_before_it(outside):
     assert [job["identifier"].encode() in answer for job in site.jobs("SCHEDULED")] == [True]
 
 
+def test_no_client_is_refused_or_cut_off_by_a_reload(outside):
+    site, is_over = outside(), threading.Event()
+
+    def ask():
+        answers = 0
+        while not is_over.is_set():
+            answers += site.get("status")["status"] == "ok"
+        return answers
+
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        asked = [pool.submit(ask) for _ in range(4)]
+        for _ in range(int(os.environ.get("RELOAD_ROUNDS", "5"))):
+            site.reload()
+        is_over.set()
+        assert all(done.result() for done in asked)
+
+
 def test_jobs_run_once_each_while_it_is_reloaded_again_and_again(outside, tmp_path):
     """By hand for longer: RELOAD_ROUNDS=200 python -m pytest -k reloaded_again."""
     site = outside("--completed-cap", "100000")
