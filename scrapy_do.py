@@ -1302,6 +1302,11 @@ def explain_start(command: str, error: Exception) -> ScrapyDoError:
     return BadRequest(f"{problem}; {advice}")
 
 
+def outer_environment() -> dict[str, str]:
+    """Return the environment of the daemon without what is for the daemon alone."""
+    return {k: v for k, v in os.environ.items() if not k.startswith(SECRETS)}
+
+
 def crawl_arguments(job: Job) -> list[str]:
     """Return the words after `scrapy` of a crawl. A project's LOG_FILE would hide its log."""
     payload = [f"payload={job.payload}"] if job.payload != "{}" else []
@@ -1459,19 +1464,21 @@ def read_environment(pid: int) -> list[bytes]:
     return []
 
 
+def is_stray(pid: int, folder: bytes, marks: Collection[bytes]) -> bool:
+    """Tell whether a process has a folder in its environment, and none of the marks."""
+    with contextlib.suppress(OSError):
+        # Threads of the kernel are in no session; they have no environment, however long we wait.
+        environment = read_environment(pid) if os.getsid(pid) else []
+        return folder in environment and not set(marks).intersection(environment)
+    return False
+
+
 def end_strays(spider_data: Path, kept: Collection[str]) -> None:
     """Kill what a daemon that died left running, but for these jobs: it is known by our folder."""
     folder = f"SPIDER_DATA_DIR={spider_data}".encode()
     marks = {f"SCRAPY_JOB={identifier}".encode() for identifier in kept}
-
-    def is_stray(process: psutil.Process) -> bool:
-        with contextlib.suppress(OSError):
-            environment = read_environment(process.pid)
-            return folder in environment and marks.isdisjoint(environment)
-        return False
-
     for _ in range(20):  # a process may fork while its parent is being killed
-        strays = [process for process in psutil.process_iter() if is_stray(process)]
+        strays = [p for p in psutil.process_iter() if is_stray(p.pid, folder, marks)]
         if not strays:
             return
         for process in strays:
@@ -1655,7 +1662,8 @@ class Daemon:
                 self._adopt(job)
             self.dispatch()
         self._start_thread(self._run_timer, name="timer")
-        threading.Thread(target=self._run_hooks, name="on-finish", daemon=True).start()
+        if self.settings.on_finish:
+            threading.Thread(target=self._run_hooks, name="on-finish", daemon=True).start()
 
     def _start_thread(self, function: Callable[..., None], *args: Any, name: str) -> None:
         thread = threading.Thread(target=function, args=args, name=name, daemon=True)
@@ -2370,7 +2378,7 @@ class Daemon:
         Scrapy takes SCRAPY_PROJECT for the name of an option in [settings] of scrapy.cfg, where
         most projects have none but `default`; so the settings module is named outright.
         """
-        environment = {k: v for k, v in os.environ.items() if not k.startswith(SECRETS)}
+        environment = outer_environment()
         path = [str(self.store.shim), str(work / layout.folder), environment.get("PYTHONPATH", "")]
         order = {
             "command": "crawl" if job else "list", "settings": layout.settings,
@@ -2407,7 +2415,7 @@ class Daemon:
 
 def run_hook(command: Sequence[str], job: Job) -> None:
     """Run the command of --on-finish for a job. Raise OSError or SubprocessError if it fails."""
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(SECRETS)}
+    environment = outer_environment()
     environment.update(SCRAPY_DO_JOB=job.identifier, SCRAPY_DO_STATUS=job.status.value)
     subprocess.run(
         [word.encode() for word in command], env=environment, stdout=subprocess.DEVNULL,
@@ -3631,6 +3639,7 @@ def option(parse: Callable[..., Any], *bounds: float) -> Callable[[str], Any]:
     """Return the check of an option, for argparse."""
 
     def check(text: str) -> Any:
+        """Return the value of the option."""
         try:
             return parse(text, *bounds)
         except ValueError as error:
