@@ -1293,7 +1293,7 @@ def appended(tmp_path):
 def is_new(appended, torn):
     """Check that a file that a power cut has left is read as it was before or after the change; tell which."""
     states = [json.loads(data)["changes"] for data in appended[:2]]
-    found = scrapy_do.parse_state(torn)[0]["changes"]
+    found = scrapy_do.parse_state(torn)["changes"]
     assert found in states, torn
     return found == states[1]
 
