@@ -681,11 +681,11 @@ def report(**found):
         json.dump(found, file)
 
 def report_stats(crawler):
-    stats, is_counted = crawler.stats.get_stats(), crawler.settings["LOG_LEVEL"] != "CRITICAL"
-    items, responses = stats.get("item_scraped_count", 0), stats.get("response_received_count", 0)
-    errors = int(stats.get("log_count/ERROR", 0)) if is_counted else None
+    stats = crawler.stats.get_stats()
     if "start_time" in stats:  # else the project counts nothing, and 0 would be wrong
-        report(items=int(items), responses=int(responses), errors=errors,
+        report(items=int(stats.get("item_scraped_count", 0)),
+               responses=int(stats.get("response_received_count", 0)),
+               errors=int(stats.get("log_count/ERROR", 0)),
                finish_reason=str(stats.get("finish_reason", "")))
 
 def watch(sender):
@@ -772,9 +772,8 @@ def parse_state(data: bytes) -> dict[str, Any]:
         document = json.loads(data)
     except ValueError:
         whole, end, rest = data.partition(STATE_END)
-        # Of a torn change nothing but the comma may be there, before the former brackets.
-        comma = b",]}\n" if data.endswith(b",]}\n") else b",\n"
-        former, _, last = data.rpartition(comma)
+        # Of the last change maybe nothing but its comma was written over the former brackets.
+        former, _, last = data.rpartition(b",]}\n" if data.endswith(b",]}\n") else b",\n")
         if end and not rest and b"\0" not in last:
             raise
         document = json.loads((whole if rest else former) + STATE_END)
@@ -782,11 +781,17 @@ def parse_state(data: bytes) -> dict[str, Any]:
     if not isinstance(document, dict) or type(document.get("version")) is not int:
         raise ValueError("it is not an object with a 'version'")
     if document["version"] != STATE_VERSION:
-        known = f"this scrapy_do reads version {STATE_VERSION}"
-        raise ValueError(f"it has version {document['version']}, {known}")
+        raise ValueError(
+            f"it has version {document['version']}, this scrapy_do reads version {STATE_VERSION}"
+        )
     if not isinstance(document.get("changes"), list):
         raise ValueError("its 'changes' must be a list of lists")
     return document
+
+
+def encode_change(records: Iterable[Record]) -> bytes:
+    """Return a line of the state file, after the comma that separates it from those before."""
+    return f",\n[{', '.join(map(encode_record, records))}]".encode("utf-8", "backslashreplace")
 
 
 class Store:
@@ -827,8 +832,6 @@ class Store:
 
     def _make_folders(self) -> None:
         self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if not any(self.folder.iterdir()):  # made for us, with the modes of a login
-            self.folder.chmod(0o700)
         if self.folder.stat().st_mode & (stat.S_IWGRP | stat.S_IWOTH):
             problem = f"others may write to {self.folder}, and so run code as you"
             raise StorageError(f"{problem}: run 'chmod go-w {self.folder}'")
@@ -866,9 +869,7 @@ class Store:
             raise StorageError(f"{self.state_file} cannot be read: {error}; {advice}") from None
         return projects, jobs
 
-    def sweep(
-        self, pushes: Collection[str], jobs: Collection[str], running: Collection[str]
-    ) -> None:
+    def sweep(self, pushes: Iterable[str], jobs: Iterable[str], running: Collection[str]) -> None:
         """Delete what a crash left behind: uploads and code, logs, and working copies.
 
         What is older than the state file stays, since that may have been moved away by hand.
@@ -915,11 +916,9 @@ class Store:
 
     def append(self, records: Sequence[Record]) -> bool:
         """Save a change; False when the file must be written anew. Raise OSError if that fails."""
-        is_ours = file_size(self.state_file) == self._size  # nobody has changed it
-        if self.is_behind or self._size >= self._most or not is_ours:
+        if self.is_behind or self._size >= self._most or file_size(self.state_file) != self._size:
             return False
-        change = ", ".join(map(encode_record, records))
-        data = f",\n[{change}]".encode("utf-8", "backslashreplace") + STATE_END
+        data = encode_change(records) + STATE_END
         start = self._size - len(STATE_END)
         descriptor = os.open(self.state_file, os.O_WRONLY | os.O_NOFOLLOW)
         try:
@@ -943,8 +942,7 @@ class Store:
         head = f'{{"version": {STATE_VERSION}, "since": {self._since!r}, "changes": [\n[]'
         with open(os.open(temporary, flags, 0o600), "wb", buffering=CHUNK_BYTES) as file:
             file.write(head.encode())
-            for record in records:
-                file.write(f",\n[{encode_record(record)}]".encode("utf-8", "backslashreplace"))
+            file.writelines(encode_change([record]) for record in records)
             file.write(STATE_END)
             file.flush()
             os.fsync(file.fileno())
@@ -990,51 +988,39 @@ class Layout(NamedTuple):
 
 
 def unpack(archive: Path, folder: Path) -> Layout:
-    """Unpack a pushed archive into a new folder and return what its `scrapy.cfg` says.
-
-    Raise BadRequest or TooLarge with the reason if it is no project, and OSError for a full disk.
-    """
+    """Unpack a pushed archive into a new folder. Raise BadRequest with what is wrong, or OSError."""
     import zipfile
 
     folder.mkdir(mode=0o700)
     try:
         with zipfile.ZipFile(archive) as bundle:
             entries = bundle.infolist()
-            check_entries(entries)
+            if len(entries) > ARCHIVE_ENTRIES:
+                raise TooLarge(f"the archive has over {ARCHIVE_ENTRIES} entries; zip less")
+            if sum(entry.file_size for entry in entries) > ARCHIVE_BYTES:  # zipfile unpacks no more
+                raise TooLarge(f"the archive unpacks to more than {ARCHIVE_BYTES // MIB} MiB")
             for entry in entries:
                 extract(bundle, entry, folder)
-    except ScrapyDoError:
-        raise
     except Exception as error:  # a damaged file makes zipfile raise nearly anything
-        if isinstance(error, OSError) and error.errno in DISK_ERRORS:
+        if isinstance(error, ScrapyDoError) or getattr(error, "errno", None) in DISK_ERRORS:
             raise
         raise BadRequest(explain_archive(archive, str(error).replace(f"{folder}/", ""))) from None
-    return read_layout(folder, [entry.filename for entry in entries])
-
-
-def check_entries(entries: Sequence[Any]) -> None:
-    """Raise BadRequest or TooLarge for entries of a zip file that are not to be unpacked."""
-    # What is unpacked is no longer than what the entry says: zipfile stops there.
-    if len(entries) > ARCHIVE_ENTRIES:
-        raise TooLarge(f"the archive has over {ARCHIVE_ENTRIES} entries; zip less")
-    if sum(entry.file_size for entry in entries) > ARCHIVE_BYTES:
-        raise TooLarge(f"the archive unpacks to more than {ARCHIVE_BYTES // MIB} MiB")
-    for entry in entries:
-        name = entry.filename = entry.filename.replace("\\", "/")  # as made on Windows
-        if stat.S_ISLNK(entry.external_attr >> 16):
-            advice = "zip without 'zip --symlinks', or replace it by a copy before 'git archive'"
-            raise BadRequest(f"the archive holds a link, {quoted(name)}: {advice}")
-        if re.match(r"/|[A-Za-z]:|(.*/)?\.\.(/|$)", name, re.DOTALL):
-            raise BadRequest(f"the archive holds {quoted(name)}, a path out of its folder")
+    return read_layout(folder, {entry.filename for entry in entries})
 
 
 def extract(bundle: Any, entry: Any, folder: Path) -> None:
     """Write a zip entry below a folder, with its mode."""
+    name = entry.filename = entry.filename.replace("\\", "/")  # some programs of Windows use it
+    mode = entry.external_attr >> 16
+    if stat.S_ISLNK(mode):
+        advice = "zip without 'zip --symlinks', or 'git archive' after replacing the link by a copy"
+        raise BadRequest(f"the archive holds a link, {quoted(name)}: {advice}")
+    if name.startswith("/") or ".." in name.split("/") or re.match("[A-Za-z]:", name):
+        raise BadRequest(f"the archive holds {quoted(name)}, a path out of its folder")
     path = bundle.extract(entry, folder)
-    mode = (entry.external_attr >> 16) & 0o777
-    if mode and not entry.is_dir():
-        os.chmod(path, mode | stat.S_IRUSR | stat.S_IWUSR)
-    if path.endswith(CODE_SUFFIXES):
+    if mode & 0o777 and not entry.is_dir():
+        os.chmod(path, mode & 0o777 | stat.S_IRUSR | stat.S_IWUSR)
+    if name.endswith(CODE_SUFFIXES):
         os.utime(path, ns=(CODE_STAMP_NS, CODE_STAMP_NS))
 
 
@@ -1046,17 +1032,16 @@ def explain_archive(archive: Path, problem: str) -> str:
     if start.startswith(b"PK"):
         return f"the zip file is damaged, or cannot be unpacked here: {problem:.300}; zip it anew"
     if len(start) < 200 and start.isascii():
-        text = quoted(start.decode())
-        return f"the archive is the text {text}; curl sends a file only with @, as in {good}"
+        return f"the archive is the text {quoted(start.decode())}; files go only with @: {good}"
     what = "a gzip file (tar.gz?)" if start.startswith(b"\x1f\x8b") else "not a zip file"
     return f"the archive is {what}; make a zip, 'git archive -o demo.zip HEAD', and {good}"
 
 
-def read_layout(folder: Path, names: Sequence[str]) -> Layout:
+def read_layout(folder: Path, names: Collection[str]) -> Layout:
     """Read the one `scrapy.cfg` of an unpacked archive. Raise BadRequest if that fails."""
     import configparser
 
-    found = sorted({name for name in names if os.path.basename(name) == "scrapy.cfg"})
+    found = sorted(name for name in names if os.path.basename(name) == "scrapy.cfg")
     if len(found) != 1:
         listed = f"several scrapy.cfg: {', '.join(found):.300}" if found else "no scrapy.cfg"
         raise BadRequest(f"the archive has {listed}; zip the folder of one project, with its own")
@@ -1067,21 +1052,19 @@ def read_layout(folder: Path, names: Sequence[str]) -> Layout:
         raise BadRequest(f"scrapy.cfg cannot be read: {error!s:.500}") from None
     name = deploy_name(config)
     default = config.get("settings", "default", fallback="")
-    settings = config.get("settings", name, fallback=default).strip()
-    return Layout(name, os.path.dirname(found[0]), settings)
+    settings = config.get("settings", name, fallback=default)
+    return Layout(name, os.path.dirname(found[0]), settings.strip())
 
 
 def deploy_name(config: Any) -> str:
     """Return the project's name by [deploy], or by the sections [deploy:TARGET] if they agree."""
-    names = {
-        section: config.get(section, "project", fallback="").strip()
-        for section in ("deploy", *config.sections()) if section.partition(":")[0] == "deploy"
-    }  # fmt: skip
-    found = {names["deploy"] or name for name in names.values()} - {""}
-    if len(found) != 1:
-        listed = " and ".join(sorted(map(quoted, found))) or "no project"
+    targets = [section for section in config.sections() if section.startswith("deploy:")]
+    found = [config.get(each, "project", fallback="").strip() for each in ("deploy", *targets)]
+    names: set[str] = {found[0]} if found[0] else {*found} - {""}
+    if len(names) != 1:
+        listed = " and ".join(sorted(map(quoted, names))) or "no project"
         raise BadRequest(f"scrapy.cfg names {listed}; add [deploy] with 'project = NAME'")
-    name = str(found.pop())
+    [name] = names
     if not NAME_PATTERN.fullmatch(name):
         rules = "use letters, digits, '_', '-' and '.', at most 100, the first not '.' or '-'"
         raise BadRequest(f"the project cannot be called {quoted(name)}: {rules}")
@@ -1114,7 +1097,7 @@ def copy_tree(source: str, target: str) -> bool:
 def keep_bytecode(source: Path, target: Path, is_stamped: bool = False) -> None:
     """Move compiled modules to where crawls get them, so that no crawl compiles them again.
 
-    With `is_stamped` only those which no crawl has changed.
+    With `is_stamped`, leave those which a crawl has changed.
     """
     for path in source.rglob("__pycache__/*.pyc"):
         kept, found = target / path.relative_to(source), path.lstat()
@@ -1235,9 +1218,10 @@ def explain_start(command: str, error: Exception) -> ScrapyDoError:
     problem = f"'{command}' cannot be started: {getattr(error, 'strerror', None) or error}"
     if not isinstance(error, (FileNotFoundError, PermissionError, NotADirectoryError)):
         return StorageError(problem)
-    home, is_found, _ = command.rpartition("/bin/")
-    how = f"python3 -m venv {home} && {home}/bin/python -m pip install scrapy" if is_found else ""
-    return BadRequest(f"{problem}; {how or 'install Scrapy, or say where it is by --scrapy'}")
+    home, is_program, _ = command.rpartition("/bin/")
+    if is_program:
+        problem += f"; python3 -m venv {home} && {home}/bin/python -m pip install scrapy"
+    return BadRequest(f"{problem}; install Scrapy, or say where it is by --scrapy")
 
 
 def outer_environment() -> dict[str, str]:
@@ -1256,8 +1240,8 @@ def crawl_arguments(job: Job) -> list[str]:
 def read_stats(path: Path) -> dict[str, Any] | None:
     """Return what the shim reports: of a crawl its statistics. None when there is no report."""
     try:
-        return dict(json.loads(path.read_bytes()))
-    except (OSError, ValueError):
+        return dict(json.loads(path.read_bytes())) or None
+    except (OSError, ValueError, TypeError):
         return None
 
 
@@ -1273,9 +1257,8 @@ def read_report(path: Path, output: str, work: Path) -> dict[str, Any]:
     if not spiders:
         why = warnings[0] if warnings else "check SPIDER_MODULES in its settings"
         raise BadRequest(f"the project has no spiders; {why}")
-    for name in spiders:
-        if name.startswith("-") or not name.isprintable():
-            raise BadRequest(f"Scrapy cannot run a spider called {quoted(name)}; rename it")
+    if bad := [name for name in spiders if name.startswith("-") or not name.isprintable()]:
+        raise BadRequest(f"Scrapy cannot run a spider called {quoted(bad[0])}; rename it")
     return {"spiders": spiders, "warnings": warnings}
 
 
