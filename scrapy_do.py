@@ -988,7 +988,7 @@ class Layout(NamedTuple):
 
 
 def unpack(archive: Path, folder: Path) -> Layout:
-    """Unpack a pushed archive into a new folder. Raise BadRequest with what is wrong, or OSError."""
+    """Unpack a pushed archive into a new folder. Raise BadRequest with the reason, or OSError."""
     import zipfile
 
     folder.mkdir(mode=0o700)
