@@ -702,7 +702,6 @@ if order["command"] == "list":
             texts = [str(warning.message) for warning in caught]
             report(spiders=[str(name) for name in loader.list()], warnings=texts)
             return loader
-
 else:  # signals of whatever sender: the project's own collector, extensions and feeds are untouched
     dispatcher.connect(watch, signals.spider_opened)
     if order["items"]:
@@ -713,7 +712,6 @@ else:  # signals of whatever sender: the project's own collector, extensions and
 
 STATE_VERSION = 2
 STATE_END = b"\n]}\n"
-STATE_SLACK_BYTES = MIB  # by which the file may outgrow twice its size before it is made anew
 SPARE_SECONDS = 0.05  # until a step is tried again for which there was no file descriptor
 
 
@@ -764,13 +762,14 @@ def open_log(path: Path) -> IO[bytes]:
 def parse_state(data: bytes) -> dict[str, Any]:
     """Return the document of a state file, without a last change that a crash has torn.
 
-    A crash leaves rubbish after a whole document, or a last change that is cut off or has zeros
-    where the disk was not written. Raise ValueError for all else, lest the mistake of somebody
-    who edits the file is taken for a crash, and records are lost.
+    Raise ValueError for all else, lest the mistake of somebody who edits the file is taken for a
+    crash, and records are lost.
     """
     try:
         document = json.loads(data)
     except ValueError:
+        # A crash leaves rubbish after a whole document, or a last change that is cut off or has
+        # zeros where the disk was not written.
         whole, end, rest = data.partition(STATE_END)
         # Of the last change maybe nothing but its comma was written over the former brackets.
         former, _, last = data.rpartition(b",]}\n" if data.endswith(b",]}\n") else b",\n")
@@ -801,7 +800,6 @@ class Store:
     nearly always of one. The last record of a job or project counts:
 
         {"version": 2, "since": 1790000000.0, "changes": [
-        [],
         [{"name": "shop", "push": "1b9d...", "spiders": ["books"]}],
         [{"identifier": "0c1f...", "status": "RUNNING", ...}],
         [{"identifier": "9a7e...", "gone": true}]
@@ -845,7 +843,7 @@ class Store:
             path.mkdir(mode=0o700, exist_ok=True)  # or a link to a folder, made by its owner
 
     def close(self) -> None:
-        """Let go of the folder."""
+        """Unlock the folder."""
         os.close(self._lock)
 
     def load(self) -> tuple[dict[str, Project], dict[str, Job]]:
@@ -915,7 +913,7 @@ class Store:
             remove_tree(self.log_file(identifier, stream))
 
     def append(self, records: Sequence[Record]) -> bool:
-        """Save a change; False when the file must be written anew. Raise OSError if that fails."""
+        """Save a change; False when the file must be written anew. Raise OSError."""
         if self.is_behind or self._size >= self._most or file_size(self.state_file) != self._size:
             return False
         data = encode_change(records) + STATE_END
@@ -949,7 +947,7 @@ class Store:
             self._size = file.tell()
         os.replace(temporary, self.state_file)
         sync_path(self.folder)
-        self._most = 2 * self._size + STATE_SLACK_BYTES
+        self._most = 2 * self._size + MIB
         self.is_behind = False
 
 
@@ -1013,8 +1011,7 @@ def extract(bundle: Any, entry: Any, folder: Path) -> None:
     name = entry.filename = entry.filename.replace("\\", "/")  # some programs of Windows use it
     mode = entry.external_attr >> 16
     if stat.S_ISLNK(mode):
-        advice = "zip without 'zip --symlinks', or 'git archive' after replacing the link by a copy"
-        raise BadRequest(f"the archive holds a link, {quoted(name)}: {advice}")
+        raise BadRequest(f"the archive holds a link, {quoted(name)}: zip without 'zip --symlinks'")
     if name.startswith("/") or ".." in name.split("/") or re.match("[A-Za-z]:", name):
         raise BadRequest(f"the archive holds {quoted(name)}, a path out of its folder")
     path = bundle.extract(entry, folder)
