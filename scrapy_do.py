@@ -68,7 +68,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from enum import Enum
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, Any, NamedTuple, TypeGuard
 
 try:
     import psutil
@@ -174,12 +174,13 @@ def quoted(text: str) -> str:
     return repr(text if len(text) <= 60 else text[:57] + "...")
 
 
-def closest(word: str, known: Collection[str]) -> str:
-    """Return the known names that look most like a word, as `'a' or 'b'`; "" if none do."""
+def unknown(kind: str, name: str, known: Collection[str], advice: str) -> NotFound:
+    """Return the error that a name does not exist, with the known names that look most like it."""
     import difflib
 
-    found = difflib.get_close_matches(word[:100], known, 3, 0.6)
-    return " or ".join(quoted(name) for name in found)
+    near = [quoted(each) for each in difflib.get_close_matches(name[:100], known, 3, 0.6)]
+    meant = f"did you mean {' or '.join(near)}? " if near else ""
+    return NotFound(f"there is no {kind} {quoted(name)}; {meant}{advice}")
 
 
 def parse_whole(text: str, least: int, most: int) -> int:
@@ -681,11 +682,11 @@ def report(**found):
         json.dump(found, file)
 
 def report_stats(crawler):
-    stats = crawler.stats.get_stats()
+    stats, uncounted = crawler.stats.get_stats(), crawler.settings["LOG_LEVEL"] in ("CRITICAL", 50)
     if "start_time" in stats:  # else the project counts nothing, and 0 would be wrong
         report(items=int(stats.get("item_scraped_count", 0)),
                responses=int(stats.get("response_received_count", 0)),
-               errors=int(stats.get("log_count/ERROR", 0)),
+               errors=None if uncounted else int(stats.get("log_count/ERROR", 0)),
                finish_reason=str(stats.get("finish_reason", "")))
 
 def watch(sender):
@@ -977,16 +978,11 @@ LEFT_SECONDS = 0.02  # between looks at whether what a crawl left behind has end
 SECRETS = ("NOTIFY_SOCKET", "WATCHDOG_", "LISTEN_", "CREDENTIALS_DIRECTORY", "SCRAPY_DO_HANDOVER")
 
 
-class Layout(NamedTuple):
-    """What `scrapy.cfg` says of a project."""
+def unpack(archive: Path, folder: Path) -> Project:
+    """Unpack a pushed archive into a new folder, and return what its `scrapy.cfg` says.
 
-    name: str
-    folder: str
-    settings: str
-
-
-def unpack(archive: Path, folder: Path) -> Layout:
-    """Unpack a pushed archive into a new folder. Raise BadRequest with the reason, or OSError."""
+    Raise BadRequest with the reason, or OSError.
+    """
     import zipfile
 
     folder.mkdir(mode=0o700)
@@ -1003,7 +999,7 @@ def unpack(archive: Path, folder: Path) -> Layout:
         if isinstance(error, ScrapyDoError) or getattr(error, "errno", None) in DISK_ERRORS:
             raise
         raise BadRequest(explain_archive(archive, str(error).replace(f"{folder}/", ""))) from None
-    return read_layout(folder, {entry.filename for entry in entries})
+    return read_config(archive.stem, folder, {entry.filename for entry in entries})
 
 
 def extract(bundle: Any, entry: Any, folder: Path) -> None:
@@ -1034,8 +1030,8 @@ def explain_archive(archive: Path, problem: str) -> str:
     return f"the archive is {what}; make a zip, 'git archive -o demo.zip HEAD', and {good}"
 
 
-def read_layout(folder: Path, names: Collection[str]) -> Layout:
-    """Read the one `scrapy.cfg` of an unpacked archive. Raise BadRequest if that fails."""
+def read_config(push: str, folder: Path, names: Collection[str]) -> Project:
+    """Read the one `scrapy.cfg` of an unpacked archive; the spiders are not known yet."""
     import configparser
 
     found = sorted(name for name in names if os.path.basename(name) == "scrapy.cfg")
@@ -1050,7 +1046,7 @@ def read_layout(folder: Path, names: Collection[str]) -> Layout:
     name = deploy_name(config)
     default = config.get("settings", "default", fallback="")
     settings = config.get("settings", name, fallback=default)
-    return Layout(name, os.path.dirname(found[0]), settings.strip())
+    return Project(name, push, os.path.dirname(found[0]), settings.strip(), ())
 
 
 def deploy_name(config: Any) -> str:
@@ -1106,28 +1102,26 @@ def keep_bytecode(source: Path, target: Path, is_stamped: bool = False) -> None:
 
 
 class Crawl:
-    """A command that has a slot, with all that descends from it: a crawl, or `scrapy list`.
+    """A command that the daemon has started, with all that descends from it: a crawl or a listing.
 
     Whatever it leaves behind becomes a child of the daemon, a "child subreaper", see prctl(2). It
-    is known by its session or by SCRAPY_JOB in its environment.
+    is known by its session or by SCRAPY_JOB in its environment. Daemon.lock is held by whoever
+    starts, signals or reaps the command, so that its number is never another process's.
     """
 
     def __init__(self, identifier: str, pid: int = 0):
         self.identifier = identifier
         self.pid = pid  # 0 until it is started
         self.began = time.monotonic()
-        self.kill_at = float("inf")  # by time.monotonic, once it has been asked to end
+        self.deadline = float("inf")  # by time.monotonic: when the timer ends or kills it
         self.was_killed = False  # it took SIGKILL to end it
         self.is_over = threading.Event()  # it is gone, with its last status saved
-        self._is_reaped = False  # its number may be another process's
-        self._reaping = threading.Lock()  # for that, since an alarm kills without Daemon.lock
-        self._alarm: threading.Timer | None = None
 
     def start(
         self, command: Sequence[str], folder: Path, environment: dict[str, str],
         logs: Sequence[Path],
     ) -> None:  # fmt: skip
-        """Start the command; Daemon.lock is held. Raise ScrapyDoError when that fails."""
+        """Start the command. Raise ScrapyDoError when that fails."""
         # Opened to append, so that a log which somebody truncates does not get filled with NUL.
         flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK
         try:
@@ -1145,69 +1139,28 @@ class Crawl:
         process.returncode = 0  # so that Popen leaves it to `reap`
         self.pid, self.began = process.pid, time.monotonic()
 
-    def set_alarm(self, seconds: float, function: Callable[..., None], *args: Any) -> None:
-        """Have a function called after some seconds, in place of an earlier one."""
-        self.stop_alarm()
-        self._alarm = threading.Timer(seconds, function, args)
-        self._alarm.daemon = True
-        self._alarm.start()
-
-    def stop_alarm(self) -> None:
-        """Forget the function that is to be called."""
-        if self._alarm:
-            self._alarm.cancel()
-
-    def has_ended(self) -> bool:
-        """Tell whether the command has ended; it is not reaped yet."""
-        return os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT | os.WNOHANG) is not None
-
-    def wait(self) -> None:
-        """Wait until the command has ended. While it is not reaped, its number stays its own."""
-        os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT)
-
-    def ask(self, kill_after: float) -> None:
-        """Send SIGTERM, once: a second one tells Scrapy to drop its feeds. Daemon.lock is held."""
-        os.kill(self.pid, signal.SIGTERM)
-        self.kill_later(kill_after)
-
-    def kill_later(self, seconds: float) -> None:
-        """Kill the command after some seconds; `end_rest` then kills all that it leaves."""
-        self.kill_at = time.monotonic() + seconds
-        self.set_alarm(seconds, self.kill)
+    def wait(self, options: int = 0) -> bool:
+        """Wait until the command has ended; with os.WNOHANG only tell whether it has."""
+        return os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT | options) is not None
 
     def kill(self) -> None:
-        """Kill the command."""
-        self.kill_at, self.was_killed = time.monotonic(), True
-        with self._reaping:
-            if not self._is_reaped:
-                os.kill(self.pid, signal.SIGKILL)
+        """Kill the command; `end_rest` then kills all that it leaves."""
+        self.was_killed, self.deadline = True, float("inf")
+        os.kill(self.pid, signal.SIGKILL)
 
     def end_rest(self, kill_after: float) -> None:
         """End what the command left behind: SIGTERM once, SIGKILL after as many seconds.
 
         The seconds count from when the command was asked to end, if it was.
         """
-        kill_at = min(self.kill_at, time.monotonic() + kill_after)
-        asked: set[int] = set()
-        while rest := find_family(self.pid, self.identifier):
-            is_late = time.monotonic() >= kill_at
-            self.was_killed = self.was_killed or is_late
-            if time.monotonic() >= kill_at + STUBBORN_SECONDS:  # of another user, say by sudo
-                log(f"job {self.identifier} left processes that cannot be killed: {rest}")
-                return
-            for process in rest:
-                if is_late or process.pid not in asked:
-                    asked.add(process.pid)
-                    with contextlib.suppress(psutil.Error):
-                        process.send_signal(signal.SIGKILL if is_late else signal.SIGTERM)
-            psutil.wait_procs(rest, LEFT_SECONDS)
+        now = time.monotonic()
+        kill_at = now if self.was_killed else min(self.deadline, now + kill_after)
+        find = functools.partial(find_family, self.pid, self.identifier)
+        self.was_killed = end_processes(find, kill_at) or self.was_killed
 
     def reap(self) -> int:
-        """Return the exit code of the command, -N for signal N. Daemon.lock is held."""
-        self.stop_alarm()
-        with self._reaping:
-            self._is_reaped = True
-            return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+        """Return the exit code of the command, -N for signal N."""
+        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
 
 
 def explain_start(command: str, error: Exception) -> ScrapyDoError:
@@ -1299,7 +1252,34 @@ def sync_upload(path: Path) -> None:
     sync_path(path.parent)
 
 
-link_or_copy = shutil.copy2  # to be deleted when section 6 uses it no more
+def end_processes(find: Callable[[], list[psutil.Process]], kill_at: float) -> bool:
+    """End what `find` finds, until it finds nothing; return whether that took SIGKILL.
+
+    Each process gets SIGTERM once, and SIGKILL when time.monotonic has come to `kill_at`. When no
+    file descriptor is left to look at them, wait until there is: none may be overlooked.
+    """
+    asked: set[int] = set()
+    is_late = False
+    while True:
+        try:
+            rest = find()
+        except OSError as error:
+            if error.errno not in (errno.EMFILE, errno.ENFILE):
+                raise
+            time.sleep(SPARE_SECONDS)
+            continue
+        if not rest:
+            return is_late
+        is_late = time.monotonic() >= kill_at
+        if time.monotonic() >= kill_at + STUBBORN_SECONDS:  # of another user, say by sudo
+            log(f"these processes cannot be killed: {rest}")
+            return is_late
+        for process in rest:
+            if is_late or process.pid not in asked:
+                asked.add(process.pid)
+                with contextlib.suppress(psutil.Error):
+                    process.send_signal(signal.SIGKILL if is_late else signal.SIGTERM)
+        psutil.wait_procs(rest, LEFT_SECONDS)
 
 
 def child_pids(pid: int) -> list[int]:
@@ -1313,82 +1293,50 @@ def child_pids(pid: int) -> list[int]:
     return found
 
 
-HAS_CHILD_LISTS = os.path.exists(f"/proc/self/task/{os.getpid()}/children")
-
-
-def descendants() -> list[psutil.Process]:
-    """Return all processes below this one, without a look at any others where Linux can do so."""
-    if not HAS_CHILD_LISTS:
-        return psutil.Process().children(recursive=True)
-    found, todo = [], child_pids(os.getpid())
-    while todo:
-        pid = todo.pop()
-        todo += child_pids(pid)
-        with contextlib.suppress(psutil.Error):
-            found.append(psutil.Process(pid))
-    return found
-
-
-def find_family(leader: int, identifier: str) -> list[psutil.Process]:
-    """Return the living processes that belong to a crawl, but for its leader.
-
-    When no file descriptor is left to look at them, wait until there is: none may be overlooked.
-    """
-    mark = f"SCRAPY_JOB={identifier}".encode()
-    while True:
-        try:
-            return [p for p in descendants() if p.pid != leader and belongs(p, leader, mark)]
-        except OSError as error:
-            if error.errno not in (errno.EMFILE, errno.ENFILE):
-                raise
-            time.sleep(SPARE_SECONDS)
-
-
-def belongs(process: psutil.Process, leader: int, mark: bytes) -> bool:
-    """Tell whether a living process is of a crawl: by its session or its environment."""
-    try:
-        if process.status() == psutil.STATUS_ZOMBIE:
-            return False
-        if os.getsid(process.pid) == leader or mark in read_environment(process.pid):
-            return True
-        parent = process.parent()  # of a process with an environment of its own
-        return parent is not None and parent.pid != os.getpid() and belongs(parent, leader, mark)
-    except (psutil.Error, ProcessLookupError, FileNotFoundError, PermissionError):
-        return False
-
-
 def read_environment(pid: int) -> list[bytes]:
-    """Return the environment that a process was started with. Raise OSError when it is hidden."""
-    for _ in range(2):
-        with open(f"/proc/{pid}/environ", "rb", buffering=0) as file:
-            if environment := file.readall():
-                return environment.split(b"\0")
-        time.sleep(ENVIRONMENT_SECONDS)
+    """Return the environment that a process was started with; [] when it is gone or hidden."""
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError, PermissionError):
+        for _ in range(2):
+            with open(f"/proc/{pid}/environ", "rb", buffering=0) as file:
+                if environment := file.readall():
+                    return environment.split(b"\0")
+            time.sleep(ENVIRONMENT_SECONDS)
     return []
 
 
-def is_stray(pid: int, folder: bytes, marks: Collection[bytes]) -> bool:
-    """Tell whether a process has a folder in its environment, and none of the marks."""
-    with contextlib.suppress(OSError):
-        # Threads of the kernel are in no session; they have no environment, however long we wait.
-        environment = read_environment(pid) if os.getsid(pid) else []
-        return folder in environment and not set(marks).intersection(environment)
-    return False
+def find_family(leader: int, identifier: str) -> list[psutil.Process]:
+    """Return the living processes of a crawl, but for its leader, and all that descends from them.
+
+    They are below this process, so nobody else's are looked at.
+    """
+    mark = f"SCRAPY_JOB={identifier}".encode()
+    found = []
+    todo = [(pid, False) for pid in child_pids(os.getpid())]
+    for pid, is_ours in todo:  # it grows
+        with contextlib.suppress(psutil.Error, ProcessLookupError):
+            process, session = psutil.Process(pid), os.getsid(pid)
+            is_ours = is_ours or session == leader or mark in read_environment(pid)
+            todo += [(child, is_ours) for child in child_pids(pid)]
+            if is_ours and pid != leader and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+    return found
 
 
-def end_strays(spider_data: Path, kept: Collection[str]) -> None:
-    """Kill what a daemon that died left running, but for these jobs: it is known by our folder."""
+def find_strays(spider_data: Path, kept: Collection[str]) -> list[psutil.Process]:
+    """Return what a daemon that died left running, but for the jobs to keep.
+
+    It is known by our folder. Threads of the kernel are in no session; they have no environment,
+    however long we wait.
+    """
     folder = f"SPIDER_DATA_DIR={spider_data}".encode()
     marks = {f"SCRAPY_JOB={identifier}".encode() for identifier in kept}
-    for _ in range(20):  # a process may fork while its parent is being killed
-        strays = [p for p in psutil.process_iter() if is_stray(p.pid, folder, marks)]
-        if not strays:
-            return
-        for process in strays:
-            with contextlib.suppress(psutil.Error):
-                process.kill()
-        psutil.wait_procs(strays, timeout=0.5)
-    log(f"these processes cannot be killed: {', '.join(str(p.pid) for p in strays)}")
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(ProcessLookupError):
+            environment = read_environment(process.pid) if os.getsid(process.pid) else []
+            if folder in environment and marks.isdisjoint(environment):
+                found.append(process)
+    return found
 
 
 # ---- 6. Daemon -------------------------------------------------------------------------------
@@ -1397,12 +1345,10 @@ RETRY_SECONDS = 2.0  # between attempts to save what the disk did not take
 LOOK_SECONDS = 60.0  # a wait does not notice that the system clock was set
 DUE_COUNT = 500  # schedules that fire in one change, so that requests are served in between
 STALE_COUNT = 1000  # entries of a heap that may be out of date before it is made anew
-COPY_COUNT = 20  # attempts to copy code that pushes and other crawls replace meanwhile
 ARGUMENT_BYTES = 100 * 1024  # payload, args and settings together; Linux takes 128 KiB for one
-DESCRIPTION_CHARACTERS = 10_000
 NOTICE_SECONDS = 60.0  # that the command of --on-finish may take
 BY_USER = "canceled by the user"
-KILLED = "it had to be killed, so its feeds may be cut off; see --kill-after"
+KILLED = "; it had to be killed, so its feeds may be cut off; see --kill-after"
 
 
 class Settings(NamedTuple):
@@ -1424,78 +1370,56 @@ class Settings(NamedTuple):
 class Slots:
     """Say which PENDING job may start: by priority, then in their order, within all limits.
 
-    A job that may not start because of a limit is parked there, and looked at again when a slot
-    below that limit comes free; so nobody goes through all who wait. Daemon.lock guards it.
+    Jobs that count for the same limits wait in a line of their own, so that only the first job of
+    each line has to be looked at. Daemon.lock guards it.
     """
 
     def __init__(self, settings: Settings):
         self._settings = settings
         self._numbers = itertools.count()
-        self._waiting: set[str] = set()  # identifiers; entries of others are stale
-        self._ready: list[tuple[int, int, Job]] = []  # a heap
-        self._parked: dict[Any, list[tuple[int, int, Job]]] = {}  # such heaps by limit
-        self._taken = Counter[Any]()  # slots by limit
+        self._lines: dict[Any, list[tuple[int, int, Job]]] = {}  # heaps
+        self._taken = Counter[Any]()  # slots by what is limited
 
-    def _limits(self, job: Job) -> dict[Any, int]:
-        """Return the limits that a job counts for; runs of one schedule never overlap."""
-        limits: dict[Any, int] = {("all",): self._settings.job_slots}
-        if job.scheduled_by:
-            limits["run", job.scheduled_by] = 1
-        if self._settings.spider_slots:
-            limits["spider", job.project, job.spider] = self._settings.spider_slots
-        if self._settings.project_slots:
-            limits["project", job.project] = self._settings.project_slots
-        return limits
+    def _limits(self, job: Job) -> tuple[tuple[Any, int], ...]:
+        """Return what a job counts for, with the limits; runs of one schedule never overlap."""
+        settings = self._settings
+        limits = (
+            (("all",), settings.job_slots),
+            (("run", job.scheduled_by), 1 if job.scheduled_by else 0),
+            (("project", job.project), settings.project_slots),
+            (("spider", job.project, job.spider), settings.spider_slots),
+        )
+        return tuple((key, most) for key, most in limits if most)
 
     def put(self, job: Job) -> None:
         """Have a job wait for a slot."""
-        self._waiting.add(job.identifier)
-        heapq.heappush(self._ready, (-job.priority, next(self._numbers), job))
-
-    def drop(self, job: Job) -> None:
-        """Have a job wait no more, if it did."""
-        if job.identifier in self._waiting:
-            self._waiting.remove(job.identifier)
-            self._unpark(job)
+        line = self._lines.setdefault(self._limits(job), [])
+        heapq.heappush(line, (-job.priority, next(self._numbers), job))
 
     def take(self, job: Job) -> None:
         """Give a slot to a job, whatever the limits are."""
-        self._waiting.discard(job.identifier)
-        self._taken.update(self._limits(job).keys())
+        self._taken.update(key for key, _ in self._limits(job))
 
     def free(self, job: Job) -> None:
         """Take the slot of a job back."""
-        self._taken.subtract(self._limits(job).keys())
+        self._taken.subtract(key for key, _ in self._limits(job))
         self._taken += Counter()  # forgets those at 0
-        self._unpark(job)
 
     def pop(self) -> Job | None:
         """Give a slot to the next job and return it; None when no job may start."""
-        while self._ready:
-            entry = heapq.heappop(self._ready)
-            job = entry[2]
-            if job.identifier not in self._waiting:
-                continue
-            limits = self._limits(job)
-            full = next((key for key, most in limits.items() if self._taken[key] >= most), None)
-            if full is None:
-                self.take(job)
-                return job
-            heapq.heappush(self._parked.setdefault(full, []), entry)
-            self._unpark(job, full)  # the job may have been looked at in place of others
-        return None
-
-    def _unpark(self, job: Job, but: Any = None) -> None:
-        """Look again at the first job that waits for each limit of this job."""
-        for key in self._limits(job):
-            heap = self._parked.get(key, []) if key != but else []
-            while heap:
-                entry = heapq.heappop(heap)
-                if entry[2].identifier in self._waiting:
-                    heapq.heappush(self._ready, entry)
-                    break
-            if key in self._parked and not self._parked[key]:
-                del self._parked[key]
+        if self._taken[("all",)] >= self._settings.job_slots:
+            return None
+        best = None
+        for limits, line in self._lines.items():
+            if all(self._taken[key] < most for key, most in limits):
+                best = limits if best is None or line[0] < self._lines[best][0] else best
+        if best is None:
+            return None
+        job = heapq.heappop(self._lines[best])[2]
+        if not self._lines[best]:
+            del self._lines[best]
+        self.take(job)
+        return job
 
 
 class Daemon:
@@ -1514,18 +1438,15 @@ class Daemon:
         self.projects: dict[str, Project] = {}  # by name
         self.jobs: dict[str, Job] = {}  # by identifier, in the order in which they were made
         self.is_closing = False
-        self._by_status: dict[Status, dict[str, None]] = {status: {} for status in Status}
+        self._code_lock = threading.Lock()  # held by whoever copies or deletes unpacked code
         self._slots = Slots(settings)
-        self._crawls: dict[str, Crawl] = {}  # of each job that has a slot
-        self._listings: dict[str, Crawl] = {}  # each `scrapy list` of a push
+        self._crawls: dict[str, Crawl] = {}  # of each job that has a slot, and each `scrapy list`
         self._is_hooking = False  # the command of --on-finish runs, which is not ours to reap
         self._due: list[tuple[float, str]] = []  # heap of schedules; entries may be stale
-        self._finished: dict[str, int] = {}  # bytes of the logs of finished jobs, the oldest first
-        self._twins = Counter[int]()  # schedules by a hash of all that was asked for
+        self._statuses = Counter[Status]()  # jobs in each
         self._counts = Counter[str]()  # since the start, for status.json
         self._wake = threading.Event()  # the timer is to look again
         self._notices: queue.SimpleQueue[Job] = queue.SimpleQueue()  # jobs to tell --on-finish of
-        self._threads: list[threading.Thread] = []
         self._began = time.monotonic()
         self._lead = time.time() - self._began  # of the system clock, to notice that it was set
         self._cpu_mark = time.process_time(), self._began  # at the last status
@@ -1539,88 +1460,74 @@ class Daemon:
         StorageError for a state that cannot be read.
         """
         projects, jobs = self.store.load()
+        children = child_pids(os.getpid()) if is_reloaded else []
         running = [job for job in jobs.values() if job.status is Status.RUNNING]
-        adopted = [job for job in running if is_reloaded and job.pid and is_child(job.pid)]
-        kept = [job.identifier for job in adopted]
+        adopted = {job.identifier: job for job in running if job.pid in children}
         if is_reloaded or running or self.store.was_crashed:
-            end_strays(self.store.spider_data, kept)
-        self.store.sweep([project.push for project in projects.values()], jobs, kept)
+            find = functools.partial(find_strays, self.store.spider_data, adopted)
+            end_processes(find, time.monotonic())
+        self.store.sweep([project.push for project in projects.values()], jobs, adopted)
         self.store.write_shim()
         with self.lock:
             self.projects.update(projects)
-            left = [job for job in jobs.values() if job.identifier not in kept]
+            left = [job for job in jobs.values() if job.identifier not in adopted]
             changed = list(filter(None, map(self._recover, left)))
             jobs.update({job.identifier: job for job in changed})
-            for job in sorted(jobs.values(), key=end_instant):
+            for job in jobs.values():  # in the order in which they were made
                 self._apply(job)
-            self.jobs = jobs  # in their own order
-            self._counts.clear()
             for job in changed:
                 log(describe(job))
             self.save(*changed, is_fact=True)
-            if not self.store.state_file.exists():  # from now on leftovers are known to be ours
-                with contextlib.suppress(OSError):
-                    self.store.rewrite(self._records())
-            for job in adopted:
+            for job in adopted.values():
                 self._adopt(job)
             self.dispatch()
-        self._start_thread(self._run_timer, name="timer")
+        threading.Thread(target=self._run_timer, name="timer", daemon=True).start()
         if self.settings.on_finish:
             threading.Thread(target=self._run_hooks, name="on-finish", daemon=True).start()
 
-    def _start_thread(self, function: Callable[..., None], *args: Any, name: str) -> None:
-        thread = threading.Thread(target=function, args=args, name=name, daemon=True)
-        thread.start()
-        self._threads = [thread, *(other for other in self._threads if other.is_alive())]
-
     def _recover(self, job: Job) -> Job | None:
-        """Return what becomes of a job after a stop or crash; None leaves it as it is."""
-        if job.status not in ACTIVE:
-            return None
+        """Return what becomes of a job after a stop or a crash, or when the clock was set back.
+
+        Then a due time may be further away than any can be. None leaves the job as it is.
+        """
+        now = time.time()
         try:
-            if job.project not in self.projects:
-                raise NotFound(f"there is no project {quoted(job.project)} any more")
+            if job.status not in COMPLETED:
+                self.find_project(job.project)
             if job.status is Status.RUNNING:
                 return self._ended(job, None, False)
-            return self._within_reach(job) if job.status is Status.SCHEDULED else None
+            if job.status is Status.SCHEDULED and now >= SANE_INSTANT:
+                recurrence = job.recurrence()
+                if job.due is None or job.due > recurrence.latest_after(now):
+                    return job._replace(due=recurrence.next_after(now))
         except ScrapyDoError as error:
             return self._finish(job, Status.FAILED, str(error))
-
-    def _within_reach(self, job: Job) -> Job | None:
-        """Return a schedule with a new due time if its own is further away than any can be.
-
-        That is so when the system clock was set back. None means that all is well.
-        """
-        now, recurrence = time.time(), job.recurrence()
-        if now < SANE_INSTANT or (job.due is not None and job.due <= recurrence.latest_after(now)):
-            return None
-        return job._replace(due=recurrence.next_after(now))
+        return None
 
     def _adopt(self, job: Job) -> None:
-        """Take over a crawl that the former program in this process started. `lock` is held."""
-        now = time.time()
-        crawl = self._crawls[job.identifier] = Crawl(job.identifier, job.pid or 0)
+        crawl = Crawl(job.identifier, job.pid or 0)
+        crawl.began -= max(0.0, time.time() - (job.started or 0.0))
         self._slots.take(job)
-        crawl.began -= max(0.0, now - (job.started or now))
-        if job.ending:
-            waited = max(0.0, now - (job.ending_since or now))
-            crawl.kill_later(max(0.0, self.settings.kill_after - waited))
-        else:
-            self._set_timeout(job, crawl)
-        self._counts["jobs-run"] += 1
+        self._set_deadline(job, crawl)
+        self._start_thread(job, crawl)
+
+    def _start_thread(self, job: Job, crawl: Crawl) -> None:
         name = f"crawl-{job.identifier}"
-        self._start_thread(self._see_to_end, job, crawl, None, name=name)
+        threading.Thread(target=self._run, args=(job, crawl), name=name, daemon=True).start()
+        self._crawls[job.identifier] = crawl
 
     def close(self) -> None:
         """End all crawls, whose jobs become PENDING again, save the state, and end all threads."""
         with self.lock:
             self.is_closing = True
-            self._end([self.jobs[key] for key, crawl in self._crawls.items() if crawl.pid], "stop")
-            for listing in self._listings.values():
-                listing.kill()
+            self._end(self._select([Status.RUNNING]), "stop")
+            for identifier, crawl in self._crawls.items():
+                if identifier not in self.jobs:
+                    crawl.kill()
         self._wake.set()
-        for thread in self._threads:
-            thread.join()
+        for thread in threading.enumerate():
+            if thread.name.startswith(("crawl-", "timer")):
+                thread.join()
         with self.lock, contextlib.suppress(OSError):
             self.store.rewrite(self._records())
 
@@ -1642,94 +1549,63 @@ class Daemon:
             if not was_behind:
                 log(f"{message}; changes are refused until that is mended")
                 self._wake.set()  # the timer tries again
-            if not is_fact:
+            if records and not is_fact:
                 raise StorageError(f"not saved: {message}; mend that and ask again") from None
         if was_behind and not self.store.is_behind:
             log(f"{self.store.state_file} can be written again")
         for record in records:
-            former = self.jobs.get(record.identifier) if isinstance(record, Job) else None
-            if isinstance(record, Job) and (former is None or former.status is not record.status):
+            if self._apply(record):
                 log(describe(record))
-            self._apply(record)
 
     def _records(self) -> list[Record]:
-        """Return all records."""
         return [*self.projects.values(), *self.jobs.values()]
 
-    def _apply(self, record: Record) -> None:
-        """Put a record where readers see it, and a job where the timer or a slot finds it."""
+    def _apply(self, record: Record) -> TypeGuard[Job]:
+        """Put a record where readers see it, and a job where the timer or a slot finds it.
+
+        Return whether it is a job that has another status now.
+        """
         job = record if isinstance(record, Job) else None
-        former = None if isinstance(record, Project) else self.jobs.get(record[0])
+        former = None if isinstance(record, Project) else self.jobs.get(record.identifier)
         apply_record(record, self.projects, self.jobs)
-        is_moved = former is None or job is None or job.status is not former.status
-        if former is not None and is_moved:
-            self._leave(former)
-        if job is not None and is_moved:
-            self._enter(job, former)
-        if job is not None and job.due is not None:
+        if former is not None:
+            self._statuses[former.status] -= 1
+        if job is None:
+            return False
+        self._statuses[job.status] += 1
+        if job.due is not None and (former is None or former.due != job.due):
             heapq.heappush(self._due, (job.due, job.identifier))
-            if self._due[0][1] == job.identifier:
-                self._wake.set()
-
-    def _leave(self, job: Job) -> None:
-        """Take a job away from where its status had put it."""
-        self._by_status[job.status].pop(job.identifier, None)
-        self._finished.pop(job.identifier, None)
-        if job.status is Status.PENDING:
-            self._slots.drop(job)
-        elif job.status is Status.SCHEDULED:
-            self._twins[twin_hash(job)] -= 1
-            if not self._twins[twin_hash(job)]:
-                del self._twins[twin_hash(job)]
-
-    def _enter(self, job: Job, former: Job | None) -> None:
-        """Put a job where its status belongs."""
-        self._by_status[job.status][job.identifier] = None
+            self._wake.set()
+        if former is not None and former.status is job.status:
+            return False
         if job.status is Status.PENDING:
             self._slots.put(job)
-        elif job.status is Status.SCHEDULED:
-            self._twins[twin_hash(job)] += 1
         elif job.status is Status.RUNNING:
             self._counts["jobs-run"] += 1
-        else:
-            self._finished[job.identifier] = self.store.log_bytes(job.identifier)
+        elif job.status in COMPLETED:
+            self._wake.set()  # finished jobs may be too many now
             if former is not None and former.status is Status.RUNNING:
                 self._counts[f"jobs-{job.status.value.lower()}"] += 1
             if job.notice and self.settings.on_finish:
                 self._notices.put(job)
+        return True
 
-    def _surplus(self, coming: int = 0) -> list[Gone]:
-        """Return the finished jobs to forget: too many, too old, or with too long logs.
-
-        `coming` more are about to be finished. The newest job stays, however long its logs are.
-        """
-        settings, count = self.settings, len(self._finished) + coming
-        oldest = time.time() - settings.keep_days * DAY_SECONDS if settings.keep_days else 0.0
+    def _retire(self) -> None:
+        """Forget finished jobs that are too many, too old, or too long in all. `lock` is held."""
+        settings = self.settings
+        oldest = time.time() - (settings.keep_days or 10**6) * DAY_SECONDS
         most = settings.keep_mib * MIB
-        size = sum(self._finished.values()) if most else 0
+        size = 0
         gone = []
-        for identifier, length in self._finished.items():
-            is_long = 0 < most < size and count > 1
-            is_old = self.jobs[identifier].timestamp < oldest
-            if not (is_long or is_old or count > settings.completed_cap):
-                break
-            gone.append(Gone(identifier))
-            count, size = count - 1, size - length
-        return gone
-
-    def _purge(self) -> None:
-        """Forget finished jobs, with their logs. `lock` is held."""
-        if gone := self._surplus():
-            with contextlib.suppress(StorageError):
-                self._save_end(*gone)
-
-    def _save_end(self, *records: Record, is_fact: bool = False) -> None:
-        """Save ends of jobs, and forget the oldest with their logs. `lock` is held."""
-        ends = sum(isinstance(record, Job) for record in records)
-        gone = self._surplus(ends)
-        self.save(*records, *gone, is_fact=is_fact)
-        for record in gone:
-            self.store.delete_logs(record.identifier)
+        for count, job in enumerate(self._select(COMPLETED)):
+            size += self.store.log_bytes(job.identifier) if most else 0
+            is_long = size > most and count > 0  # the newest job stays
+            if is_long or count >= settings.completed_cap or job.timestamp < oldest:
+                gone.append(Gone(job.identifier))
+        with contextlib.suppress(StorageError):
+            self.save(*gone)
+            for record in gone:
+                self.store.delete_logs(record.identifier)
 
     # Projects
 
@@ -1737,52 +1613,37 @@ class Daemon:
         """Return where an archive may be written that is to be pushed."""
         return self.store.projects / f"{new_identifier()}.zip"
 
-    def clear_upload(self, upload: Path) -> None:
-        """Delete an upload that has not become the archive of a project."""
-        if all(project.push != upload.stem for project in list(self.projects.values())):
-            remove_tree(upload)
-
-    def push(self, upload: Path) -> dict[str, Any]:
+    def push(self, archive: Path) -> dict[str, Any]:
         """Check an archive, and make it a project or a project's new code.
 
-        Return its name, its spiders, and what Scrapy warned of. The upload is kept or deleted.
+        Return its name, its spiders, and what Scrapy warned of. The file is kept or deleted.
         """
-        tree = upload.with_suffix("")
+        tree = archive.with_suffix("")
         try:
-            layout = unpack(upload, tree)
-            found = self._list(tree, layout)
-            project = Project(layout.name, upload.stem, *layout[1:], tuple(found["spiders"]))
-            sync_upload(upload)
+            project = unpack(archive, tree)
+            found = self._list(project)
+            project = project._replace(spiders=tuple(found["spiders"]))
+            sync_upload(archive)
             with self.lock:
-                self._check_spiders_stay(project)
+                active = self._select(ACTIVE, project.name)
+                if stranded := [job for job in active if job.spider not in project.spiders]:
+                    problem = "the new code lacks spiders of active jobs; cancel them first"
+                    raise Conflict(f"{problem}: {name_jobs(stranded)}")
                 former = self.projects.get(project.name)
                 self.save(project)
-        except BaseException as error:
-            remove_tree(upload)
+        except BaseException:
+            remove_tree(archive)
             remove_tree(tree)
-            if isinstance(error, OSError):
-                raise StorageError(f"the push failed: {error}; mend that and push again") from None
             raise
         log(f"project {project.name} was pushed with {len(project.spiders)} spiders")
         for warning in found["warnings"]:
             log(f"project {project.name}: Scrapy warns: {warning}")
-        self._discard(former)
+        if former is not None:
+            self._discard(former)
         return {"name": project.name, **found}
 
-    def _check_spiders_stay(self, project: Project) -> None:
-        stranded = [j for j in self._active(project.name) if j.spider not in project.spiders]
-        if stranded:
-            names = name_jobs(stranded)
-            raise Conflict(f"the new code lacks spiders of active jobs; cancel them first: {names}")
-
-    def _active(self, project: str, spider: str | None = None) -> list[Job]:
-        keys = [key for status in ACTIVE for key in list(self._by_status[status])]
-        jobs = [self.jobs[key] for key in keys]
-        return [job for job in jobs if job.project == project and spider in (None, job.spider)]
-
-    def _discard(self, project: Project | None) -> None:
-        """Delete the archive and the code of a project that no record names any more."""
-        if project is not None:
+    def _discard(self, project: Project) -> None:
+        with self._code_lock:
             remove_tree(self.store.archive(project))
             remove_tree(self.store.tree(project))
 
@@ -1790,7 +1651,7 @@ class Daemon:
         """Forget a project and its archive. Raise Conflict while it has active jobs."""
         with self.lock:
             project = self.find_project(name)
-            if active := self._active(name):
+            if active := self._select(ACTIVE, name):
                 advice = f"cancel-job.json with project={name} cancels all"
                 raise Conflict(f"{quoted(name)} has active jobs, {advice}: {name_jobs(active)}")
             self.save(Gone("", name))
@@ -1801,14 +1662,9 @@ class Daemon:
     def find_project(self, name: str) -> Project:
         """Return a project. Raise NotFound when there is none of that name."""
         project = self.projects.get(name)
-        if project is not None:
-            return project
-        bare = name.strip("'\"")
-        if bare in self.projects:
-            raise NotFound(f"the project's name is sent with quotes; write -F project={bare}")
-        near = closest(name, list(self.projects))
-        advice = f"did you mean {near}?" if near else "list-projects.json shows those there are"
-        raise NotFound(f"there is no project {quoted(name)}; {advice}")
+        if project is None:
+            raise unknown("project", name, self.projects, "list-projects.json shows all")
+        return project
 
     def list_projects(self) -> dict[str, Any]:
         """Return the names of the projects, sorted."""
@@ -1818,39 +1674,40 @@ class Daemon:
         """Return a project's name and its spiders, sorted."""
         return {"project": project, "spiders": self.find_project(project).spiders}
 
-    def _list(self, tree: Path, layout: Layout) -> dict[str, Any]:
+    def _list(self, project: Project) -> dict[str, Any]:
         """Ask Scrapy for the spiders of an unpacked project, and what it warns of.
 
         Raise BadRequest with the reason when that fails. What was compiled is kept in the tree.
         """
         listing = Crawl(new_identifier())
-        work = self.store.work / listing.identifier
-        logs = [self.store.work / f"{listing.identifier}.{stream}" for stream in ("out", "err")]
-        report = self.store.work / f"{listing.identifier}.json"
-        command = [*self._scrapy(layout.name), "list", "-s", "LOG_FILE=", "-s", "LOG_STDOUT=0"]
-        environment = self._environment(listing.identifier, layout, work, report)
+        work, report = self._private_paths(listing.identifier)
+        folder, tree = work / project.folder, self.store.tree(project)
+        logs = [report.with_suffix(f".{stream}") for stream in ("out", "err")]
+        command = self._command(project, "list", "-s", "LOG_FILE=", "-s", "LOG_STDOUT=0")
+        environment = self._environment(listing.identifier, project)
         try:
             copy_tree(str(tree), str(work))
             with self.lock:
-                listing.start(command, work / layout.folder, environment, logs)
-                self._listings[listing.identifier] = listing
-                listing.set_alarm(self.settings.list_timeout, listing.kill)
+                listing.start(command, folder, environment, logs)
+                listing.deadline = listing.began + self.settings.list_timeout
+                self._crawls[listing.identifier] = listing
+                self._wake.set()
             listing.wait()
             is_late = listing.was_killed
             listing.end_rest(0.0)
             with self.lock:
-                del self._listings[listing.identifier]
+                del self._crawls[listing.identifier]
                 exit_code = listing.reap()
-            output, errors = (path.read_text("utf-8", "replace") for path in logs)
+                self._wake.set()
             if self.is_closing:
                 raise Unavailable("the daemon is stopping; push again when it has been started")
             if is_late:
                 limit = f"{self.settings.list_timeout:g} s"
                 raise BadRequest(f"'scrapy list' did not end within {limit}; see --list-timeout")
+            output, errors = (path.read_text("utf-8", "replace") for path in logs)
             if exit_code != 0:
-                why = explain_list_error(command, errors or output, work / layout.folder)
-                raise BadRequest(why)
-            found = read_report(report, output, work / layout.folder)
+                raise BadRequest(explain_list_error(command, errors or output, folder))
+            found = read_report(report, output, folder)
             keep_bytecode(work, tree)
         finally:
             for path in (work, report, *logs):
@@ -1886,103 +1743,111 @@ class Daemon:
             jobs = [job._replace(identifier=new_identifier(), spider=name) for name in spiders]
             if recurrence is not None:
                 jobs = [job._replace(due=job.recurrence().next_after(now)) for job in jobs]
-            twins = [job.spider for job in jobs if recurrence and self._twins[twin_hash(job)]]
             self.save(*jobs)
             self.dispatch()
-        first = jobs[0]
-        answer: dict[str, Any] = {
-            "identifier": first.identifier, "next_run": local_time(first.due)
-        }  # fmt: skip
-        if len(jobs) > 1:
-            answer["identifiers"] = [job.identifier for job in jobs]
-        if twins:
-            answer["warnings"] = [f"the same schedule exists already for {', '.join(twins[:5])}"]
-        return answer
+        identifiers = [job.identifier for job in jobs]
+        several = {"identifiers": identifiers} if len(jobs) > 1 else {}
+        return {"identifier": identifiers[0], "next_run": local_time(jobs[0].due), **several}
 
     def _find_spiders(self, project: str, names: Sequence[str]) -> list[str]:
-        """Return the spiders that names stand for. Raise NotFound for a name that is none."""
         known = self.find_project(project).spiders
         if "*" in names:
             return list(known)
-        for name in dict.fromkeys(names):
-            if name not in known:
-                near = closest(name, known)
-                advice = f"did you mean {near}? " if near else ""
-                total = f"it has {len(known)}, see list-spiders.json?project={project}"
-                raise NotFound(f"{project} has no spider {quoted(name)}; {advice}{total}")
+        wrong = [name for name in names if name not in known]
+        if wrong:
+            advice = f"list-spiders.json?project={project} shows the {len(known)} there are"
+            raise unknown("spider", wrong[0], known, advice)
         return list(dict.fromkeys(names))
 
     def find_job(self, identifier: str) -> Job:
         """Return a job. Raise NotFound when there is none of that identifier."""
         job = self.jobs.get(identifier)
-        if job is not None:
-            return job
-        kept = f"--completed-cap ({self.settings.completed_cap}) newest finished jobs"
-        advice = f"list-jobs.json?status=COMPLETED shows the {kept} that are kept"
-        raise NotFound(f"there is no job {quoted(identifier)} (any more); {advice}")
+        if job is None:
+            advice = "list-jobs.json?status=COMPLETED shows those that --completed-cap keeps"
+            raise NotFound(f"there is no job {quoted(identifier)} (any more); {advice}")
+        return job
+
+    def _select(
+        self, statuses: Collection[Status], project: str | None = None, spider: str | None = None
+    ) -> list[Job]:
+        """Return the jobs in these statuses, the newest change first; None leaves none out."""
+        jobs = [
+            job for job in list(self.jobs.values())
+            if job.status in statuses and project in (None, job.project)
+            and spider in (None, job.spider)
+        ]  # fmt: skip
+        return sorted(jobs, key=lambda job: job.timestamp, reverse=True)
 
     def list_jobs(
-        self, statuses: Sequence[Status], project: str | None = None, spider: str | None = None,
-        scheduled_by: str | None = None, limit: int | None = None,
-    ) -> Json:  # fmt: skip
-        """Return the jobs in these statuses, the newest change first; None leaves none out."""
-        keys = [key for status in statuses for key in list(self._by_status[status])]
-        jobs = [job for job in map(self.jobs.get, keys) if job is not None]
-        wanted = {"project": project, "spider": spider, "scheduled_by": scheduled_by}
-        for name, value in wanted.items():
-            if value is not None:
-                jobs = [job for job in jobs if getattr(job, name) == value]
-        jobs.sort(key=lambda job: job.timestamp, reverse=True)
-        return Json(f"[{', '.join(map(job_text, jobs[:limit]))}]")
+        self, id: str | None = None, status: str | None = None, project: str | None = None,
+        spider: str | None = None, scheduled_by: str | None = None, limit: str = "1000000000",
+    ) -> dict[str, Any]:  # fmt: skip
+        """Return one job by its `id`, or the jobs in a status or group of them, the newest first.
 
-    def cancel(self, identifier: str) -> dict[str, Any]:
-        """Cancel a job, and return when its crawl is gone. Raise Conflict when it has ended."""
-        with self.lock:
-            job = self.find_job(identifier)
-            crawl = self._crawls.get(identifier)
-            is_late = job.status in COMPLETED
-            if not is_late:
-                self._cancel([job])
-        if crawl and job.status is Status.RUNNING:
-            crawl.is_over.wait()
-            job = self.jobs.get(identifier, job)
-            is_late = job.status in (Status.SUCCESSFUL, Status.FAILED)
-        if is_late:
-            raise Conflict(f"job {identifier} has ended already, it is {job.status.value}")
-        return {}
+        Raise BadRequest for another question, and NotFound when there is no such job.
+        """
+        if id is not None and status is project is spider is scheduled_by is None:
+            return {"jobs": [self.find_job(id).view()]}
+        if id is not None or status is None:
+            raise BadRequest("list-jobs.json needs either id or status: list-jobs.json?status=ACTIVE")
+        groups = {"ACTIVE": ACTIVE, "COMPLETED": COMPLETED, **{s.value: (s,) for s in Status}}
+        if status not in groups:
+            raise BadRequest(f"there is no such status; use one of {', '.join(groups)}")
+        jobs = [
+            job for job in self._select(groups[status], project, spider)
+            if scheduled_by in (None, job.scheduled_by)
+        ]  # fmt: skip
+        count = checked("limit", parse_whole, limit, 1, 10**9)
+        return {"jobs": Json(f"[{', '.join(map(job_text, jobs[:count]))}]")}
 
-    def cancel_all(self, project: str, spider: str | None) -> dict[str, Any]:
-        """Cancel the active jobs of a project, or of one spider; return how many there were."""
+    def cancel(
+        self, id: str | None = None, project: str | None = None, spider: str | None = None
+    ) -> dict[str, Any]:
+        """Cancel a job, or all active jobs of a project, or of its spider.
+
+        Return when their crawls are gone; for a project, say how many jobs there were. Raise
+        Conflict for a job that has ended.
+        """
+        if (id is None) is (project is None) or (id is not None and spider is not None):
+            raise BadRequest("cancel-job.json needs either id, or project and maybe spider")
         with self.lock:
-            jobs = self._active(project, spider)
-            if not jobs:
+            if project is not None:
                 self.find_project(project)
-            crawls = [self._crawls[j.identifier] for j in jobs if j.status is Status.RUNNING]
-            self._cancel(jobs)
+            jobs = self._select(ACTIVE, project, spider) if id is None else [self.find_job(id)]
+            crawls = self._cancel([job for job in jobs if job.status in ACTIVE])
         for crawl in crawls:
             crawl.is_over.wait()
-        return {"canceled": len(jobs)}
+        if id is None:
+            return {"canceled": len(jobs)}
+        job = self.jobs.get(id, jobs[0]) if crawls else jobs[0]
+        if job.status in (Status.SUCCESSFUL, Status.FAILED) or jobs[0].status in COMPLETED:
+            raise Conflict(f"job {id} has ended already, it is {job.status.value}")
+        return {}
 
-    def _cancel(self, jobs: Sequence[Job]) -> None:
-        """Cancel active jobs; running crawls are asked to end. `lock` is held."""
+    def _cancel(self, jobs: Sequence[Job]) -> list[Crawl]:
+        """Cancel active jobs, and return the crawls that are asked to end. `lock` is held."""
+        running = [job for job in jobs if job.status is Status.RUNNING]
         waiting = [job for job in jobs if job.status is not Status.RUNNING]
-        if waiting:
-            self._save_end(*(self._finish(job, Status.CANCELED, BY_USER) for job in waiting))
-        self._end([job for job in jobs if job.status is Status.RUNNING], "cancel")
+        self.save(*(self._finish(job, Status.CANCELED, BY_USER) for job in waiting))
+        self._end(running, "cancel")
+        return [self._crawls[job.identifier] for job in running]
 
     def _end(self, jobs: Sequence[Job], why: str) -> None:
-        """Note why running crawls are to end, and ask each to, once. `lock` is held.
+        """Note why running crawls are to end, and send each SIGTERM, once. `lock` is held.
 
-        A crawl that has just ended by itself is left alone. A full disk does not keep one going.
+        A second SIGTERM would tell Scrapy to drop its feeds. A crawl that has just ended by itself
+        is left alone. A full disk does not keep a crawl going.
         """
-        jobs = [job for job in jobs if not self._crawls[job.identifier].has_ended()]
+        jobs = [job for job in jobs if not self._crawls[job.identifier].wait(os.WNOHANG)]
         noted = [job for job in jobs if not job.ending or why == "cancel"]
         now = time.time()
         changes = [j._replace(ending=why, ending_since=j.ending_since or now) for j in noted]
         self.save(*changes, is_fact=True)
         for job in jobs:
             if not job.ending:
-                self._crawls[job.identifier].ask(self.settings.kill_after)
+                crawl = self._crawls[job.identifier]
+                os.kill(crawl.pid, signal.SIGTERM)
+                self._set_deadline(self.jobs[job.identifier], crawl)
 
     def log_path(self, identifier: str, stream: str) -> Path:
         """Return the file with the output of a job, which may not exist yet."""
@@ -2010,7 +1875,7 @@ class Daemon:
             "hostname": socket.gethostname(),
             "uptime": describe_seconds(now - self._began),
             **{name: self._counts[name] for name in counted},
-            **{f"jobs-{s.value.lower()}": len(self._by_status[s]) for s in ACTIVE},
+            **{f"jobs-{status.value.lower()}": self._statuses[status] for status in ACTIVE},
             "projects": len(projects),
             "spiders": sum(len(project.spiders) for project in projects),
             "daemon-version": __version__,
@@ -2019,8 +1884,7 @@ class Daemon:
     # The timer
 
     def _run_timer(self) -> None:
-        """Do the work of the timer's thread."""
-        while not self.is_closing:
+        while not self.is_closing or self._crawls:
             seconds = RETRY_SECONDS
             try:
                 with self.lock:
@@ -2032,70 +1896,85 @@ class Daemon:
 
     def _tick(self, now: float) -> float:
         """Do what is due, and return after how many seconds to look again. `lock` is held."""
-        if self.is_closing:
-            return 0.0
-        self._notice_clock(now)
-        if now >= SANE_INSTANT:
-            self._fire(self._pop_due(now), now)
-        self.save(is_fact=True)  # of what the disk did not take, if anything
-        self._purge()
-        self._reap_orphans()
-        self.dispatch()
-        next_due = self._due[0][0] - now if self._due else LOOK_SECONDS
-        most = RETRY_SECONDS if self.store.is_behind else LOOK_SECONDS
-        return max(0.0, min(next_due, most)) if now >= SANE_INSTANT else most
+        deadline = self._expire()
+        if not self.is_closing:
+            self._notice_clock(now)
+            if now >= SANE_INSTANT:
+                self._fire(now)
+            self.save(is_fact=True)  # of what the disk did not take, if anything
+            self._retire()
+            self._reap_orphans()
+            self.dispatch()
+        seconds = min(deadline, RETRY_SECONDS if self.store.is_behind else LOOK_SECONDS)
+        if self._due and now >= SANE_INSTANT:
+            seconds = min(seconds, self._due[0][0] - now)
+        return max(0.0, seconds)
+
+    def _expire(self) -> float:
+        """End crawls whose time is over, and return the seconds until the next one's is.
+
+        A crawl is asked to end by its timeout, and killed when it had been asked, like a listing.
+        """
+        for identifier, crawl in self._crawls.items():
+            if crawl.deadline <= time.monotonic():
+                crawl.deadline = float("inf")
+                job = self.jobs.get(identifier)
+                if job is not None and not job.ending:
+                    self._end([job], "timeout")
+                else:
+                    crawl.kill()
+        deadlines = (crawl.deadline for crawl in self._crawls.values())
+        return min(deadlines, default=float("inf")) - time.monotonic()
+
+    def _set_deadline(self, job: Job, crawl: Crawl) -> None:
+        timeout = job.timeout or self.settings.job_timeout
+        if job.ending:
+            waited = max(0.0, time.time() - (job.ending_since or 0.0))
+            crawl.deadline = time.monotonic() + self.settings.kill_after - waited
+        elif timeout:
+            crawl.deadline = crawl.began + timeout
+        self._wake.set()
 
     def _notice_clock(self, now: float) -> None:
-        """Set due times anew that are too far away since the system clock was set back."""
         lead, self._lead = self._lead, now - time.monotonic()
         if lead - self._lead > 1.0:
             log("the system clock was set back; due times that are too far away are set again")
-            jobs = [self.jobs[key] for key in self._by_status[Status.SCHEDULED]]
-            self.save(*filter(None, map(self._recover, jobs)), is_fact=True)
+            self.save(*filter(None, map(self._recover, self._select([Status.SCHEDULED]))))
 
-    def _pop_due(self, now: float) -> list[Job]:
-        """Return schedules that are due, though not too many at once."""
-        if len(self._due) > STALE_COUNT + 2 * len(self._by_status[Status.SCHEDULED]):
-            self._due = [entry for entry in self._due if self._is_live(entry)]
+    def _fire(self, now: float) -> None:
+        """Make the runs of schedules that are due, though not too many at once."""
+        if len(self._due) > STALE_COUNT + 2 * self._statuses[Status.SCHEDULED]:
+            scheduled = self._select([Status.SCHEDULED])
+            self._due = [(job.due, job.identifier) for job in scheduled if job.due is not None]
             heapq.heapify(self._due)
-        due: dict[str, Job] = {}  # an entry may be there twice
-        while self._due and self._due[0][0] <= now and len(due) < DUE_COUNT:
-            entry = heapq.heappop(self._due)
-            if self._is_live(entry):
-                due[entry[1]] = self.jobs[entry[1]]
-        return list(due.values())
-
-    def _is_live(self, entry: tuple[float, str]) -> bool:
-        job = self.jobs.get(entry[1])
-        return job is not None and job.due == entry[0]
-
-    def _fire(self, due: Sequence[Job], now: float) -> None:
-        """Make a run of each schedule that is due, unless a run waits; set the next due times."""
         records: list[Record] = []
-        for job in due:
-            try:
-                next_due = job.recurrence().resume_after(job.due or now, now)
-            except ScrapyDoError as error:
-                records.append(self._finish(job, Status.FAILED, str(error)))
-                continue
-            last = self.jobs.get(job.run or "")
-            if last is not None and last.status is Status.PENDING:
-                self._counts["runs-skipped"] += 1
-                log(f"{describe(job)} is due but skipped, since run {last.identifier} still waits")
-                records.append(job._replace(due=next_due))
-                continue
-            run = job._replace(
-                identifier=new_identifier(), status=Status.PENDING, actor="SCHEDULER",
-                schedule="now", timestamp=now, origin=now, due=None, run=None,
-                scheduled_by=job.identifier,
-            )  # fmt: skip
-            records += [job._replace(due=next_due, run=run.identifier), run]
+        while self._due and self._due[0][0] <= now and len(records) < DUE_COUNT:
+            due, identifier = heapq.heappop(self._due)
+            job = self.jobs.get(identifier)
+            if job is not None and job.due == due:
+                records += self._make_run(job, due, now)
         self.save(*records, is_fact=True)
+
+    def _make_run(self, job: Job, due: float, now: float) -> list[Job]:
+        """Return a schedule with its next due time, and its run, unless a run waits already."""
+        try:
+            job = job._replace(due=job.recurrence().resume_after(due, now))
+        except ScrapyDoError as error:
+            return [self._finish(job, Status.FAILED, str(error))]
+        last = self.jobs.get(job.run or "")
+        if last is not None and last.status is Status.PENDING:
+            self._counts["runs-skipped"] += 1
+            log(f"{describe(job)} is due but skipped, since run {last.identifier} still waits")
+            return [job]
+        run = job._replace(
+            identifier=new_identifier(), status=Status.PENDING, actor="SCHEDULER", schedule="now",
+            timestamp=now, origin=now, due=None, run=None, scheduled_by=job.identifier,
+        )  # fmt: skip
+        return [job._replace(run=run.identifier), run]
 
     def _reap_orphans(self) -> None:
         """Reap processes that crawls left behind and that have ended. `lock` is held."""
-        crawls = [*self._crawls.values(), *self._listings.values()]
-        known = {crawl.pid for crawl in crawls}
+        known = {crawl.pid for crawl in self._crawls.values()}
         with contextlib.suppress(OSError):  # without file descriptors it has to wait
             for pid in child_pids(os.getpid()):
                 if pid not in known and not self._is_hooking:
@@ -2106,136 +1985,103 @@ class Daemon:
     def dispatch(self) -> None:
         """Start the crawls for which there are slots. `lock` is held."""
         while not self.is_closing and (job := self._slots.pop()):
-            crawl = self._crawls[job.identifier] = Crawl(job.identifier)
+            if self.jobs.get(job.identifier) is not job:  # it was canceled while it waited
+                self._slots.free(job)
+                continue
             try:
-                name = f"crawl-{job.identifier}"
-                self._start_thread(self._run, job, crawl, name=name)
+                self._start_thread(job, Crawl(job.identifier))
             except RuntimeError as error:  # the system has no thread for us; the timer asks again
                 log(f"job {job.identifier} waits: {error}")
-                self._release(job)
+                self._slots.free(job)
                 self._slots.put(job)
                 return
 
-    def _release(self, job: Job) -> None:
-        del self._crawls[job.identifier]
-        self._slots.free(job)
-
     def _run(self, job: Job, crawl: Crawl) -> None:
-        """Run a crawl from start to end."""
-        reason = None
-        try:
-            self._launch(job, crawl)
-        except ScrapyDoError as error:
-            reason = str(error)
-        except Exception as error:
-            log_crash(f"the start of job {job.identifier}")
-            reason = f"the crawl could not be started: {error!r:.200}"
-        self._see_to_end(job, crawl, reason)
-
-    def _launch(self, job: Job, crawl: Crawl) -> None:
-        """Start a crawl in a working copy, unless the job was canceled meanwhile."""
-        work = self.store.work / job.identifier
-        project = self._copy_code(job.project, work)
-        layout = Layout(project.name, project.folder, project.settings)
-        report = self.store.work / f"{job.identifier}.json"
-        environment = self._environment(job.identifier, layout, work, report, job)
-        command = [*self._scrapy(project.name), *crawl_arguments(job)]
-        logs = [self.store.log_file(job.identifier, stream) for stream in ("out", "err")]
-        with self.lock:
-            if self.jobs.get(job.identifier) is not job or self.is_closing:
-                return
-            crawl.start(command, work / project.folder, environment, logs)
-            now = time.time()
-            running = job._replace(status=Status.RUNNING, timestamp=now, started=now)
-            self.save(running._replace(pid=crawl.pid), is_fact=True)
-            self._set_timeout(job, crawl)  # before a cancel can set its own alarm
-
-    def _set_timeout(self, job: Job, crawl: Crawl) -> None:
-        if timeout := job.timeout or self.settings.job_timeout:
-            elapsed = time.monotonic() - crawl.began
-            crawl.set_alarm(max(0.0, timeout - elapsed), self._time_out, job.identifier)
-
-    def _time_out(self, identifier: str) -> None:
-        with self.lock:
-            job = self.jobs.get(identifier)
-            if job is not None and identifier in self._crawls and not job.ending:
-                self._end([job], "timeout")
-
-    def _copy_code(self, name: str, work: Path) -> Project:
-        """Make a working copy of a project's code, and return the project.
-
-        Code that a crawl has changed is unpacked anew. A push replaces the record before it
-        deletes the former code, so a copy is whole if the record is still the same.
-        """
-        for _ in range(COPY_COUNT):
-            project = self.find_project(name)
-            try:
-                is_clean = copy_tree(str(self.store.tree(project)), str(work))
-            except FileNotFoundError:
-                is_clean = False
-            except OSError as error:
-                raise StorageError(f"the code cannot be copied for the crawl: {error}") from None
-            if is_clean and self.projects.get(name) is project:
-                return project
-            remove_tree(work)
-            if self.projects.get(name) is project:
-                self._renew(project)
-        raise StorageError(f"the code of {name} changes all the time; push it again")
-
-    def _renew(self, project: Project) -> None:
-        """Unpack the archive of a project again, in place of code that is gone or changed."""
-        fresh = project._replace(push=new_identifier())
-        try:
-            link_or_copy(str(self.store.archive(project)), str(self.store.archive(fresh)))
-            unpack(self.store.archive(fresh), self.store.tree(fresh))
-            keep_bytecode(self.store.tree(project), self.store.tree(fresh), is_stamped=True)
-            with self.lock:
-                is_current = self.projects.get(project.name) is project
-                if is_current:
-                    self.save(fresh)
-            self._discard(project if is_current else fresh)
-        except (OSError, ScrapyDoError) as error:
-            self._discard(fresh)
-            if self.projects.get(project.name) is project:  # else another crawl was quicker
-                raise StorageError(f"the code cannot be unpacked again: {error}; push it") from None
-
-    def _see_to_end(self, job: Job, crawl: Crawl, reason: str | None) -> None:
-        """Wait until a crawl has ended, end what it leaves behind, and save how it ended.
-
-        `reason` says why it was not started.
-        """
-        identifier = job.identifier
-        work, report = self.store.work / identifier, self.store.work / f"{identifier}.json"
+        """See to a crawl, from its start unless it was adopted, to its end."""
+        problem = "" if crawl.pid else self._launch(job, crawl)
         if crawl.pid:
             crawl.wait()
             try:
                 crawl.end_rest(self.settings.kill_after)
             except Exception:  # whatever it is, the slot comes free
-                log_crash(f"the end of job {identifier}")
+                log_crash(f"the end of job {job.identifier}")
+        work, report = self._private_paths(job.identifier)
         with self.lock:
-            exit_code = crawl.reap() if crawl.pid else None
-            current = self.jobs.get(identifier)
-            if current is not None and current.status is Status.RUNNING:
-                duration, stats = int(time.monotonic() - crawl.began), read_stats(report)
-                current = current._replace(duration=duration, exit_code=exit_code, stats=stats)
-                self._save_end(self._ended(current, exit_code, crawl.was_killed), is_fact=True)
-            elif current is not None and current.status is Status.PENDING and reason:
-                self._save_end(self._finish(current, Status.FAILED, reason), is_fact=True)
-            self._release(job)
-            self._reap_orphans()
+            self._save_end(job, crawl, read_stats(report), problem)
+            del self._crawls[job.identifier]
+            self._slots.free(job)
             self.dispatch()
+            self._wake.set()  # finished jobs may be too many, and a stop waits for the last crawl
         crawl.is_over.set()
         if crawl.pid:
             self._warn_of_results(job, work)
-        for path in (work, report):
-            remove_tree(path)
+        remove_tree(work)
+        remove_tree(report)
+
+    def _launch(self, job: Job, crawl: Crawl) -> str:
+        """Start a crawl in a working copy, unless its job was canceled meanwhile.
+
+        Return why that failed, "" if it did not.
+        """
+        try:
+            work, _ = self._private_paths(job.identifier)
+            project = self._copy_code(job.project, work)
+            environment = self._environment(job.identifier, project, job)
+            command = self._command(project, *crawl_arguments(job))
+            logs = [self.store.log_file(job.identifier, stream) for stream in ("out", "err")]
+            with self.lock:
+                if self.jobs.get(job.identifier) is job and not self.is_closing:
+                    crawl.start(command, work / project.folder, environment, logs)
+                    now = time.time()
+                    running = job._replace(status=Status.RUNNING, timestamp=now, started=now)
+                    self.save(running._replace(pid=crawl.pid), is_fact=True)
+                    self._set_deadline(job, crawl)
+        except ScrapyDoError as error:
+            return str(error)
+        except Exception as error:
+            log_crash(f"the start of job {job.identifier}")
+            return f"the crawl could not be started: {error!r:.200}"
+        return ""
+
+    def _copy_code(self, name: str, work: Path) -> Project:
+        """Make a working copy of a project's code, and return the project.
+
+        Code that is gone, or that a crawl has changed, is unpacked anew.
+        """
+        with self._code_lock:
+            project = self.find_project(name)
+            tree, fresh = self.store.tree(project), self.store.projects / new_identifier()
+            try:
+                if tree.exists() and copy_tree(str(tree), str(work)):
+                    return project
+                remove_tree(work)
+                unpack(self.store.archive(project), fresh)
+                keep_bytecode(tree, fresh, is_stamped=True)
+                remove_tree(tree)
+                fresh.rename(tree)
+                copy_tree(str(tree), str(work))
+            except OSError as error:
+                raise StorageError(f"the code cannot be copied for the crawl: {error}") from None
+            finally:
+                remove_tree(fresh)
+            return project
+
+    def _save_end(
+        self, job: Job, crawl: Crawl, stats: dict[str, Any] | None, problem: str
+    ) -> None:
+        """Reap a crawl and save how it ended, or why it was not started. `lock` is held."""
+        exit_code = crawl.reap() if crawl.pid else None
+        job = self.jobs.get(job.identifier, job)
+        if job.status is Status.RUNNING:
+            duration = int(time.monotonic() - crawl.began)
+            job = job._replace(duration=duration, exit_code=exit_code, stats=stats)
+            self.save(self._ended(job, exit_code, crawl.was_killed), is_fact=True)
+        elif job.status is Status.PENDING and problem:
+            self.save(self._finish(job, Status.FAILED, problem), is_fact=True)
 
     def _warn_of_results(self, job: Job, work: Path) -> None:
-        """Say in the log that a crawl left files where they are deleted with its working copy."""
-        project = self.projects.get(job.project)
-        if project is None:
-            return
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, ScrapyDoError):
+            project = self.find_project(job.project)
             known = os.listdir(self.store.tree(project) / project.folder)
             new = set(os.listdir(work / project.folder)) - {*known, "__pycache__"}
             if new:
@@ -2245,36 +2091,43 @@ class Daemon:
 
     def _ended(self, job: Job, exit_code: int | None, was_killed: bool) -> Job:
         """Return a RUNNING job as it is after its end; an exit code of None stands for a crash."""
+        killed = KILLED if was_killed else ""
         if job.ending == "cancel":
-            reason = f"{BY_USER}; {KILLED}" if was_killed else BY_USER
-            return self._finish(job, Status.CANCELED, reason)
+            return self._finish(job, Status.CANCELED, BY_USER + killed)
         if job.ending == "timeout":
             limit = job.timeout or self.settings.job_timeout
-            reason = f"it ran longer than its timeout of {limit:.15g} s"
-            reason += f"; {KILLED}" if was_killed else ""
-            return self._finish(job, Status.FAILED, reason)
+            why = f"it ran longer than its timeout of {limit:.15g} s{killed}"
+            return self._finish(job, Status.FAILED, why)
         if job.ending == "stop" or exit_code is None:
             return job._replace(
                 status=Status.PENDING, timestamp=time.time(), pid=None, started=None, ending="",
                 ending_since=None, duration=None, exit_code=None, stats=None,
             )  # fmt: skip
-        problem = explain_exit(exit_code)
-        return self._finish(job, Status.FAILED if problem else Status.SUCCESSFUL, problem)
+        if exit_code == 0:
+            return self._finish(job, Status.SUCCESSFUL, None)
+        why = f"exit code {exit_code}; its log says why"
+        if exit_code < 0:
+            name = signal.strsignal(-exit_code)
+            why = f"the crawl was ended by signal {-exit_code} ({name})"
+        return self._finish(job, Status.FAILED, why)
 
     def _finish(self, job: Job, status: Status, reason: str | None) -> Job:
-        """Return a job with its last status."""
         is_run = job.status is not Status.SCHEDULED
         return job._replace(
             status=status, reason=reason, timestamp=time.time(), due=None, pid=None, ending="",
             ending_since=None, notice=is_run and bool(self.settings.on_finish),
         )  # fmt: skip
 
-    def _scrapy(self, project: str) -> list[str]:
-        """Return the command that is Scrapy for a project."""
-        return [word.replace("{project}", project) for word in self.settings.scrapy]
+    def _command(self, project: Project, *words: str) -> list[str]:
+        scrapy = [word.replace("{project}", project.name) for word in self.settings.scrapy]
+        return [*scrapy, *words]
+
+    def _private_paths(self, identifier: str) -> tuple[Path, Path]:
+        """Return where the working copy of a crawl is, and where the shim reports."""
+        return self.store.work / identifier, self.store.work / f"{identifier}.json"
 
     def _environment(
-        self, identifier: str, layout: Layout, work: Path, report: Path, job: Job | None = None
+        self, identifier: str, project: Project, job: Job | None = None
     ) -> dict[str, str]:
         """Return the environment of a crawl, or without a job of `scrapy list`.
 
@@ -2282,26 +2135,26 @@ class Daemon:
         most projects have none but `default`; so the settings module is named outright.
         """
         environment = outer_environment()
-        path = [str(self.store.shim), str(work / layout.folder), environment.get("PYTHONPATH", "")]
+        work, report = self._private_paths(identifier)
+        path = [str(self.store.shim), str(work / project.folder), environment.get("PYTHONPATH", "")]
         order = {
-            "command": "crawl" if job else "list", "settings": layout.settings,
+            "command": "crawl" if job else "list", "settings": project.settings,
             "report": str(report), "items": job is not None and job.items,
         }  # fmt: skip
         environment.update(
             SPIDER_DATA_DIR=str(self.store.spider_data), PYTHONIOENCODING="utf-8",
             PYTHONPATH=os.pathsep.join(filter(None, path)), SCRAPY_JOB=identifier,
-            SCRAPY_PROJECT=layout.name, SCRAPY_SPIDER=job.spider if job else "",
+            SCRAPY_PROJECT=project.name, SCRAPY_SPIDER=job.spider if job else "",
             SCRAPY_SETTINGS_MODULE=SHIM_MODULE, SCRAPY_DO=encode_json(order),
         )  # fmt: skip
-        if not layout.settings:
+        if not project.settings:
             del environment["SCRAPY_SETTINGS_MODULE"]
         return environment
 
     # Commands of --on-finish
 
     def _run_hooks(self) -> None:
-        """Do the work of the thread that tells --on-finish of finished jobs, one at a time."""
-        while not self.is_closing:
+        while True:
             job = self._notices.get()
             while self.store.is_behind:
                 time.sleep(RETRY_SECONDS)  # only an end that is on the disk is told
@@ -2327,25 +2180,6 @@ def run_hook(command: Sequence[str], job: Job) -> None:
     )  # fmt: skip
 
 
-def end_instant(job: Job) -> float:
-    """Return when a job ended, for sorting; 0 when it has not."""
-    return job.timestamp if job.status in COMPLETED else 0.0
-
-
-def twin_hash(job: Job) -> int:
-    """Return a number that schedules have in common which ask for the same."""
-    return hash((job.project, job.spider, job.schedule, job.payload, job.arg, job.setting))
-
-
-def is_child(pid: int) -> bool:
-    """Tell whether a process is a child of this process that has not been reaped."""
-    try:
-        os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT | os.WNOHANG)
-    except ChildProcessError:
-        return False
-    return True
-
-
 def checked(name: str, parse: Callable[..., Any], text: str, *bounds: float) -> Any:
     """Return the value of a parameter. Raise BadRequest that names it if it cannot be parsed."""
     try:
@@ -2358,11 +2192,10 @@ def check_arguments(
     description: str, payload: str, arg: Sequence[str], setting: Sequence[str]
 ) -> None:
     """Raise BadRequest or TooLarge unless Scrapy can be given all this on its command line."""
-    if len(description) > DESCRIPTION_CHARACTERS:
-        raise TooLarge(f"the description has over {DESCRIPTION_CHARACTERS} characters; shorten it")
-    if len("".join((payload, *arg, *setting)).encode("utf-8", "replace")) > ARGUMENT_BYTES:
-        limit = f"at most {ARGUMENT_BYTES} bytes together"
-        raise TooLarge(f"payload, args and settings may have {limit}; put the data into a file")
+    texts = (description, payload, *arg, *setting)
+    if len("".join(texts).encode("utf-8", "replace")) > ARGUMENT_BYTES:
+        raise TooLarge("description, payload, args and settings may have at most "
+                       f"{ARGUMENT_BYTES} bytes together; put the data into a file")  # fmt: skip
     try:
         value = json.loads(payload)
     except (ValueError, RecursionError) as error:
@@ -2381,14 +2214,6 @@ def name_jobs(jobs: Sequence[Job]) -> str:
     """Return a list of jobs for an error message."""
     shown = [f"{job.identifier} ({job.spider}, {job.status.value})" for job in jobs[:10]]
     return ", ".join(shown) + (f" and {len(jobs) - 10} more" if len(jobs) > 10 else "")
-
-
-def explain_exit(exit_code: int) -> str | None:
-    """Return why a crawl with this exit code has failed; None when it has not."""
-    if exit_code >= 0:
-        return f"exit code {exit_code}; its log says why" if exit_code else None
-    name = signal.strsignal(-exit_code) or "unknown"
-    return f"the crawl was ended by signal {-exit_code} ({name})"
 
 
 def describe_seconds(seconds: float) -> str:
@@ -3009,30 +2834,6 @@ def body_length(headers: Mapping[str, str]) -> int | None:
     return None if coding is not None else int(length or 0)
 
 
-def list_jobs(daemon: Daemon, **form: str) -> dict[str, Any]:
-    """Answer list-jobs.json: one job by its `id`, or the jobs in a `status`, by some filters."""
-    if "id" in form and len(form) == 1:
-        return {"jobs": [daemon.find_job(form["id"]).view()]}
-    if "id" in form or "status" not in form:
-        raise BadRequest("list-jobs.json needs either id or status: list-jobs.json?status=ACTIVE")
-    groups = {"ACTIVE": ACTIVE, "COMPLETED": COMPLETED, **{s.value: (s,) for s in Status}}
-    statuses = groups.get(form.pop("status"))
-    if statuses is None:
-        raise BadRequest(f"there is no such status; use one of {', '.join(groups)}")
-    limit = form.pop("limit", None)
-    count = None if limit is None else checked("limit", parse_whole, limit, 1, 10**9)
-    return {"jobs": daemon.list_jobs(statuses, **form, limit=count)}
-
-
-def cancel(daemon: Daemon, **form: str) -> dict[str, Any]:
-    """Answer cancel-job.json: a job by its `id`, or all of a `project`, or of its `spider`."""
-    if form.keys() == {"id"}:
-        return daemon.cancel(form["id"])
-    if "id" in form or "project" not in form:
-        raise BadRequest("cancel-job.json needs either id, or project and maybe spider")
-    return daemon.cancel_all(form["project"], form.get("spider"))
-
-
 GETS, POSTS = (
     {f"/{route.name}": route for route in routes}
     for routes in (
@@ -3040,15 +2841,15 @@ GETS, POSTS = (
             Route("status.json", Daemon.status),
             Route("list-projects.json", Daemon.list_projects),
             Route("list-spiders.json", Daemon.list_spiders, ("project",)),
-            Route("list-jobs.json", list_jobs, (),
+            Route("list-jobs.json", Daemon.list_jobs, (),
                   ("status", "id", "project", "spider", "scheduled_by", "limit")),
         ),
         (
-            Route("push-project.json", lambda daemon, archive: daemon.push(archive), ("archive",)),
+            Route("push-project.json", Daemon.push, ("archive",)),
             Route("schedule-job.json", Daemon.schedule, ("project", "spider", "when"),
                   ("description", "payload", "timeout", "priority", "items", "arg", "setting"),
                   ("spider", "arg", "setting")),
-            Route("cancel-job.json", cancel, (), ("id", "project", "spider")),
+            Route("cancel-job.json", Daemon.cancel, (), ("id", "project", "spider")),
             Route("remove-project.json", Daemon.remove, ("name",)),
         ),
     )
@@ -3225,7 +3026,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         finally:
             if form.upload:
                 with contextlib.suppress(OSError):
-                    self.server.daemon.clear_upload(form.upload)
+                    known = {project.push for project in self.server.daemon.projects.values()}
+                    if form.upload.stem not in known:
+                        form.upload.unlink()
                     form.file.close()
         self._send_json(200, {"status": "ok", **answer})
 
