@@ -100,44 +100,19 @@ class ScrapyDoError(Exception):
         self.headers = headers
 
 
-class BadRequest(ScrapyDoError):
-    """Refuse a request that is wrong in itself."""
+# Nobody needs to tell these apart but clients, by the status.
+BadRequest = functools.partial(ScrapyDoError, status=400)  # wrong in itself
+Forbidden = functools.partial(ScrapyDoError, status=403)  # maybe asked for by a foreign web page
+NotFound = functools.partial(ScrapyDoError, status=404)
+Conflict = functools.partial(ScrapyDoError, status=409)  # not allowed in the present state
+TooLarge = functools.partial(ScrapyDoError, status=413)
+Unavailable = functools.partial(ScrapyDoError, status=503)  # the daemon stops, or has too much work
 
-    status = 400
 
-
-class SpecError(BadRequest):
+class SpecError(ScrapyDoError):
     """Refuse a scheduling spec."""
 
-
-class Forbidden(ScrapyDoError):
-    """Refuse what somebody else's web page may have asked a browser for."""
-
-    status = 403
-
-
-class NotFound(ScrapyDoError):
-    """Say that there is no such path, project, spider or job."""
-
-    status = 404
-
-
-class Conflict(ScrapyDoError):
-    """Refuse a change that the present state does not allow."""
-
-    status = 409
-
-
-class TooLarge(ScrapyDoError):
-    """Refuse a request that is over a limit."""
-
-    status = 413
-
-
-class Unavailable(ScrapyDoError):
-    """Refuse work because the daemon is stopping or has too much of it."""
-
-    status = 503
+    status = 400
 
 
 class StorageError(ScrapyDoError):
@@ -148,8 +123,7 @@ class StorageError(ScrapyDoError):
 
 def log(message: str) -> None:
     """Write a line to stderr, with the local time; a line break cannot fake a second line."""
-    if not message.isprintable():
-        message = "".join(c if c.isprintable() else repr(c)[1:-1] for c in message)
+    message = "".join(c if c.isprintable() else repr(c)[1:-1] for c in message)
     line = f"{time.strftime('%Y-%m-%d %H:%M:%S%z')} {message}\n"
     # A full disk or a closed terminal must not stop a crawl, and sys.stderr may even be None.
     with contextlib.suppress(OSError, ValueError):
@@ -158,14 +132,12 @@ def log(message: str) -> None:
 
 def log_crash(what: str) -> None:
     """Write the traceback of the exception being handled, a line each."""
-    try:
+    log(f"{what} failed: {sys.exc_info()[1]!r}")
+    with contextlib.suppress(OSError):  # no file descriptor may be left to read the module
         import traceback
 
-        text = traceback.format_exc()
-    except OSError:  # there may be no file descriptor left to read the module
-        text = repr(sys.exc_info()[1])
-    for line in f"{what} failed:\n{text}".splitlines():
-        log(line)
+        for line in traceback.format_exc().splitlines():
+            log(line)
 
 
 def quoted(text: str) -> str:
@@ -177,20 +149,19 @@ def closest(word: str, known: Collection[str]) -> str:
     """Return the known names that look most like a word, as `'a' or 'b'`; "" if none do."""
     import difflib
 
-    found = difflib.get_close_matches(word[:100], known, 3, 0.6)
-    return " or ".join(quoted(name) for name in found)
+    return " or ".join(map(quoted, difflib.get_close_matches(word[:100], known)))
 
 
 def parse_whole(text: str, least: int, most: int) -> int:
     """Return a whole number within bounds. Raise ValueError for anything else."""
-    if re.fullmatch("-?[0-9]{1,12}", text, re.ASCII) and least <= int(text) <= most:
+    if re.fullmatch("-?[0-9]{1,12}", text) and least <= int(text) <= most:
         return int(text)
     raise ValueError(f"must be a whole number from {least} to {most}, not {quoted(text)}")
 
 
 def parse_seconds(text: str, least: float = 0.0) -> float:
     """Return a number of seconds up to a million. Raise ValueError for anything else."""
-    if re.fullmatch(r"[0-9]{1,7}(\.[0-9]{0,6})?", text, re.ASCII) and least <= float(text) <= 10**6:
+    if re.fullmatch(r"[0-9]{1,7}(\.[0-9]{0,6})?", text) and least <= float(text) <= 10**6:
         return float(text)
     raise ValueError(f"must be a number of seconds from {least:g} to 1000000, not {quoted(text)}")
 
@@ -202,12 +173,14 @@ UNIT_SECONDS = {"second": 1, "minute": 60, "hour": 3600, "day": 86400, "week": 7
 ELAPSED_UNITS = ("second", "minute", "hour")  # the others are days on the local calendar
 LAST_INSTANT = 253402214400.0  # 9999-12-31 00:00 UTC: still the year 9999 in every time zone
 WEEKDAYS = ("monday", "tuesday", "wednesday", "thursday", "friday", "saturday", "sunday")
-DAY_NAMES = {name: frozenset({day}) for day, name in enumerate(WEEKDAYS)}
-DAY_NAMES |= {"weekday": frozenset(range(5)), "weekend": frozenset({5, 6})}
-TIME_FORMS = {  # unit: how its times are written, and examples
-    "day": (r"(?a)\d:[0-5]\d|([01]\d|2[0-3]):[0-5]\d(:[0-5]\d)?", "9:30, 18:00 or 23:59:59"),
-    "hour": (r"(?a)([0-5]\d)?:[0-5]\d", ":15 (minute 15) or 00:15 (second 15)"),
-    "minute": (r"(?a):[0-5]\d", ":15 (second 15)"),
+DAY_NAMES = {
+    **{name: frozenset({day}) for day, name in enumerate(WEEKDAYS)},
+    "weekday": frozenset(range(5)), "weekend": frozenset({5, 6}),
+}  # fmt: skip
+TIME_FORMS = {  # unit: what the first number of its times counts, their form, and examples
+    "day": (3600, r"(?a)\d:[0-5]\d|([01]\d|2[0-3]):[0-5]\d(:[0-5]\d)?", "9:30, 18:00 or 23:59:59"),
+    "hour": (60, r"(?a)([0-5]\d)?:[0-5]\d", ":15 (minute 15) or 00:15 (second 15)"),
+    "minute": (1, r"(?a):[0-5]\d", ":15 (second 15)"),
 }
 
 
@@ -222,12 +195,11 @@ def _instant_of_wall(wall: float) -> float:
     That is right after the gap of spring, and the first pass in the fold of autumn (PEP 495).
     """
     before, after = _utc_offset(wall - DAY_SECONDS), _utc_offset(wall + DAY_SECONDS)
-    for offset in (before, after):
-        if _utc_offset(wall - offset) == offset:
-            return wall - offset
-
-    seconds = range(int(wall - after) - 1, int(wall - before) + 2)  # clocks jump over `wall` here
-    return float(seconds[bisect_left(seconds, wall, key=lambda m: m + _utc_offset(m))])
+    if _utc_offset(wall - before) == before:
+        return wall - before
+    seconds = range(int(wall) - DAY_SECONDS, int(wall) + DAY_SECONDS)  # clocks change in one
+    change = bisect_left(seconds, True, key=lambda second: _utc_offset(second) == after)
+    return max(float(seconds[change]), wall - after)
 
 
 class Recurrence(NamedTuple):
@@ -254,32 +226,26 @@ class Recurrence(NamedTuple):
         # Beside the units, a weekday may be 7 days away; the rest is for time zones and gaps.
         if moment + self.high * UNIT_SECONDS[self.unit] + 9 * DAY_SECONDS > LAST_INSTANT:
             raise SpecError("the next run may be past the year 9999; choose a shorter interval")
+        count, size = rng.randint(self.low, self.high), UNIT_SECONDS[self.unit]
+        if self.unit not in ELAPSED_UNITS:
+            return self._next_local(moment, count * size // DAY_SECONDS)
+        return self._next_in_unit(moment, count) if self.times else moment + count * size
 
-        count = rng.randint(self.low, self.high)
-        if self.unit in ELAPSED_UNITS:
-            return self._next_elapsed(moment, count)
-        return self._next_local(moment, count * UNIT_SECONDS[self.unit] // DAY_SECONDS)
-
-    def _next_elapsed(self, moment: float, count: int) -> float:
-        size = UNIT_SECONDS[self.unit]
-        if not self.times:
-            return moment + count * size
-
-        at = self.times[0]
+    def _next_in_unit(self, moment: float, count: int) -> float:
+        """Return the first due time of an hour or minute in which the schedule has a time."""
+        at, size = self.times[0], UNIT_SECONDS[self.unit]
         offset, later = _utc_offset(moment), _utc_offset(moment + size)
         passed = at if count == 1 else 0  # only a single unit may end in the present hour or minute
         due = ((moment + offset - passed) // size + count) * size + at - offset
-
         # Where clocks go back by half an hour (Lord Howe Island), the minute comes again sooner.
         again = due + (offset - later) % size - size
         return again if count == 1 and again > moment and _utc_offset(again) == later else due
 
     def _next_local(self, moment: float, step: int) -> float:
         today, time_of_day = divmod(self._wall_of(moment), DAY_SECONDS)
-        first = today + (step if step > 1 else 0)  # only a single day may still be today
         dues = (
             _instant_of_wall(day * DAY_SECONDS + at)
-            for day in itertools.count(first)
+            for day in itertools.count(today + (step if step > 1 else 0))  # a single may be today
             if (day + 3) % 7 in self.weekdays  # 1970-01-01 was a Thursday
             for at in self.times or (time_of_day,)
         )
@@ -296,10 +262,9 @@ class Recurrence(NamedTuple):
         """Return the first due time after `now` on the grid of `due`, however many were missed."""
         # Leap over most of them as intervals of the greatest length, which is a possible draw.
         longest = self.high * UNIT_SECONDS[self.unit]
-        leap = ((now - due) // longest - 2) * longest  # two less: a day of 25 hours, and last draws
-        if leap > 0:
-            is_local = self.unit not in ELAPSED_UNITS
-            due = _instant_of_wall(self._wall_of(due) + leap) if is_local else due + leap
+        leap = max((now - due) // longest - 2, 0) * longest  # 2: a day of 25 hours, and last draws
+        is_local = self.unit not in ELAPSED_UNITS
+        due = _instant_of_wall(self._wall_of(due) + leap) if is_local else due + leap
         while due <= now:
             due = self.next_after(due, rng)
         return due
@@ -340,68 +305,59 @@ def _read(words: list[str]) -> tuple[Recurrence | None, list[str], str]:
         return None, rest[:-1], str(error)
 
 
-def _parse_sentence(rest: list[str]) -> Recurrence | None:
-    if re.match("@|([0-9*/,-]+ ){3}", " ".join(rest)):
-        raise SpecError("cron syntax is not read")
-    if rest[0] in ("at", "in", "next", "on", "once", "today", "tomorrow", "tonight"):
-        raise SpecError("one-off runs are only possible by 'now'")
-    if rest[0] not in ("now", "every"):
-        raise SpecError("a schedule starts with 'now' or 'every'")
+def _want(is_right: bool, problem: str) -> None:
+    if not is_right:
+        raise SpecError(problem)
 
-    is_now = rest.pop(0) == "now"
-    recurrence = None if is_now else _parse_times(rest, _parse_interval(rest))
-    if rest[0]:
-        only = "only weekdays, and the times of weekdays and 'every day', can be a list"
-        raise SpecError(only if rest[0] in (",", "and") else "nothing may follow here")
+
+def _parse_sentence(rest: list[str]) -> Recurrence | None:
+    _want(not re.match("@|([0-9*/,-]+ ){3}", " ".join(rest)), "cron syntax is not read")
+    one_off = ("at", "in", "next", "on", "once", "today", "tomorrow", "tonight")
+    _want(rest[0] not in one_off, "one-off runs are only possible by 'now'")
+    _want(rest[0] in ("now", "every"), "a schedule starts with 'now' or 'every'")
+    recurrence = None if rest.pop(0) == "now" else _parse_interval(rest)
+    if recurrence and rest[0] == "at":
+        unit, high = recurrence.unit, recurrence.high
+        advice = "weekdays do, as in 'every monday at 12:30'"
+        _want(unit in TIME_FORMS, f"{unit}s take no time; {advice}")
+        rest.pop(0)
+        read, wanted = functools.partial(_read_time, unit), f"a time like {TIME_FORMS[unit][2]}"
+        times = _parse_list(rest, read, wanted, unit == "day" and high == 1)
+        recurrence = recurrence._replace(times=tuple(sorted(times)))
+    only = "only weekdays, and the times of weekdays and 'every day', can be a list"
+    _want(rest[0] == "", only if rest[0] in (",", "and") else "nothing may follow here")
     return recurrence
 
 
 def _parse_interval(rest: list[str]) -> Recurrence:
     if rest[0] in DAY_NAMES:
         return Recurrence("day", weekdays=_parse_list(rest, DAY_NAMES.get, "a weekday"))
-
-    is_counted = rest[0][:1].isdigit()
-    low = high = _parse_number(rest, 1) if is_counted else 1
-    if is_range := is_counted and rest[0] == "to":
+    numbers = [_parse_number(rest, 1)] if rest[0][:1].isdigit() else []
+    if numbers and rest[0] == "to":
         rest.pop(0)
-        high = _parse_number(rest, low)
-
-    unit = rest[0].removesuffix("s")
-    if unit not in UNIT_SECONDS:
-        raise SpecError(f"a unit of time{'' if is_counted else ' or a weekday'} is wanted here")
-    if rest[0] == unit and (is_range or high > 1):
-        raise SpecError("the plural is wanted here")
-    if high * UNIT_SECONDS[unit] > 36525 * DAY_SECONDS:  # more is a slip of the pen
-        raise SpecError("an interval is at most 100 years")
+        numbers.append(_parse_number(rest, numbers[0]))
+    unit, others = rest[0].removesuffix("s"), "" if numbers else " or a weekday"
+    _want(unit in UNIT_SECONDS, f"a unit of time{others} is wanted here")
+    _want(rest[0] != unit or numbers in ([], [1]), "the plural is wanted here")
+    low, high = numbers[0] if numbers else 1, numbers[-1] if numbers else 1
+    is_sane = high * UNIT_SECONDS[unit] <= 36525 * DAY_SECONDS  # more is a slip of the pen
+    _want(is_sane, "an interval is at most 100 years")
     rest.pop(0)
     return Recurrence(unit, low, high)
 
 
 def _parse_number(rest: list[str], least: int) -> int:
-    word = rest[0]
-    if not (word.isascii() and word.isdigit() and int(word) >= least):
-        raise SpecError(f"a whole number from {least} is wanted here")
+    is_right = re.fullmatch("[0-9]+", rest[0]) is not None and int(rest[0]) >= least
+    _want(is_right, f"a whole number from {least} is wanted here")
     return int(rest.pop(0))
 
 
-def _parse_times(rest: list[str], recurrence: Recurrence) -> Recurrence:
-    unit = recurrence.unit
-    if rest[0] != "at":
-        return recurrence
-    if unit not in TIME_FORMS:
-        raise SpecError(f"{unit}s take no time; weekdays do, as in 'every monday at 12:30'")
-    rest.pop(0)
-    read, wanted = functools.partial(_read_time, unit), f"a time like {TIME_FORMS[unit][1]}"
-    times = _parse_list(rest, read, wanted, unit == "day" and recurrence.high == 1)
-    return recurrence._replace(times=tuple(sorted(times)))
-
-
 def _read_time(unit: str, word: str) -> frozenset[int]:
-    if re.fullmatch(TIME_FORMS[unit][0], word) is None:
+    scale, form, _ = TIME_FORMS[unit]
+    if not re.fullmatch(form, word):
         return frozenset()
-    scale = UNIT_SECONDS[unit] // (24 if unit == "day" else 60)  # what the first number counts
-    numbers = filter(None, word.split(":"))
-    return frozenset({sum(int(n) * scale // 60**place for place, n in enumerate(numbers))})
+    numbers = map(int, filter(None, word.split(":")))
+    return frozenset({sum(number * scale // 60**place for place, number in enumerate(numbers))})
 
 
 def _parse_list(
@@ -426,8 +382,8 @@ SPEC_FORMS = (
 )
 SPEC_WORDS = (*UNIT_SECONDS, *(f"{unit}s" for unit in UNIT_SECONDS), *DAY_NAMES)
 CRON_NAMES = {"@hourly": "0 * * * *", "@daily": "0 0 * * *", "@weekly": "0 0 * * 0"}
-CRON_DAYS = {str(number): name for number, name in enumerate(WEEKDAYS, 1)}
-CRON_DAYS |= {"*": "day", "1-5": "weekday", "0": "sunday"}
+CRON_DAYS = {str(number): name for number, name in enumerate((WEEKDAYS[-1], *WEEKDAYS))}
+CRON_DAYS |= {"*": "day", "1-5": "weekday"}
 
 
 def _meant(words: list[str], repairs: int = 5) -> str:
@@ -435,32 +391,30 @@ def _meant(words: list[str], repairs: int = 5) -> str:
     _, left, problem = _read(words)
     if not problem:
         return " ".join(words).replace(" ,", ",")
-    for repair in _repairs(left[0]) if repairs and left else ():
-        trial = [*words[: -len(left)], *repair.split(), *left[1:]]
-        if len("".join(_read(trial)[1])) < len("".join(left)):
-            return _meant(trial, repairs - 1)
-    return ""
+    begin, found = words[: len(words) - len(left)], _repairs(left[0]) if left and repairs else []
+    trials = [[*begin, *repair.split(), *left[1:]] for repair in found]
+    better = [trial for trial in trials if len("".join(_read(trial)[1])) < len("".join(left))]
+    return _meant(better[0], repairs - 1) if better else ""
 
 
 def _repairs(word: str) -> list[str]:
     """Return what may have been meant by a word."""
-    found = [known for known in SPEC_WORDS if known.startswith(word.rstrip("s") or word)]
-    if word[0].isdigit():
-        found += [f":{word}", f"{word}:00", re.sub("([0-9])([a-z])", r"\1 \2", word)]
-    return [*found, f"every {word}", f"at {word}", f"and {word}"]
+    known = [each for each in SPEC_WORDS if each.startswith(word.rstrip("s") or word)]
+    spaced = re.sub("([0-9])([a-z])", r"\1 \2", word)
+    return [*known, f":{word}", f"{word}:00", spaced, f"every {word}", f"at {word}", f"and {word}"]
 
 
 def _cron_sentence(words: list[str]) -> list[str]:
     """Return words, not yet parsed, that mean what five fields of crontab(5) do; or none."""
-    fields = CRON_NAMES.get(words[0], " ".join(words).replace(" , ", ",")).split()
-    if len(fields) != 5 or fields[2:4] != ["*", "*"]:
+    line = CRON_NAMES.get(words[0], " ".join(words).replace(" , ", ","))
+    fields = re.fullmatch(r"(\S+) (\S+) \* \* (\S+)", line)
+    if fields is None:
         return []
-    minute, hour, _, _, days = fields
+    minute, hour, days = fields.groups()
     if hour == days == "*":
         sentence = "every minute" if minute == "*" else f"every hour at :{minute:0>2}"
-        if step := re.fullmatch(r"\*/([2-6]|1[025]|[23]0)", minute):
-            sentence = f"every {step[1]} minutes"
-        return sentence.split()
+        step = re.fullmatch(r"\*/([2-6]|1[025]|[23]0)", minute)
+        return (f"every {step[1]} minutes" if step else sentence).split()
     named = " and ".join(CRON_DAYS.get(day, day) for day in days.split(","))
     times = " and ".join(f"{number}:{minute:0>2}" for number in hour.split(","))
     return f"every {named} at {times}".split()
