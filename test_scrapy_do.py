@@ -4564,7 +4564,7 @@ def exposed_certificate(tmp_path):
 
 
 def test_a_program_that_cannot_be_executed_changes_nothing(wrapped, tmp_path):
-    refuse = "def refuse(*args):\n    raise OSError(12, os.strerror(12))\nos.execv = refuse"
+    refuse = "def refuse(*args):\n    raise OSError(12, os.strerror(12))\nos.execve = refuse"
     site = wrapped(refuse, "--kill-after", "0.3")
     site.push(hold=HOLD)
     job = site.schedule("hold")
