@@ -227,16 +227,16 @@ class Recurrence(NamedTuple):
         Raise SpecError when it may be past the year 9999, whatever is drawn.
         """
         # Beside the units, a weekday may be 7 days away; the rest is for time zones and gaps.
-        if moment + self.high * UNIT_SECONDS[self.unit] + 9 * DAY_SECONDS > LAST_INSTANT:
+        size = UNIT_SECONDS[self.unit]
+        if moment + self.high * size + 9 * DAY_SECONDS > LAST_INSTANT:
             raise SpecError("the next run may be past the year 9999; choose a shorter interval")
-        count, size = rng.randint(self.low, self.high), UNIT_SECONDS[self.unit]
+        count = rng.randint(self.low, self.high)
         if self.unit not in ELAPSED_UNITS:
             return self._next_local(moment, count * size // DAY_SECONDS)
-        return self._next_in_unit(moment, count) if self.times else moment + count * size
+        return self._next_in_unit(moment, count, size) if self.times else moment + count * size
 
-    def _next_in_unit(self, moment: float, count: int) -> float:
-        """Return the first due time of an hour or minute in which the schedule has a time."""
-        at, size = self.times[0], UNIT_SECONDS[self.unit]
+    def _next_in_unit(self, moment: float, count: int, size: int) -> float:
+        at = self.times[0]
         offset, later = _utc_offset(moment), _utc_offset(moment + size)
         passed = at if count == 1 else 0  # only a single unit may end in the present hour or minute
         due = ((moment + offset - passed) // size + count) * size + at - offset
@@ -339,7 +339,8 @@ def _parse_interval(rest: list[str]) -> Recurrence:
     if numbers and rest[0] == "to":
         rest.pop(0)
         numbers.append(_parse_number(rest, numbers[0]))
-    unit, others = rest[0].removesuffix("s"), "" if numbers else " or a weekday"
+    unit = rest[0].removesuffix("s")
+    others = "" if numbers else " or a weekday"
     _want(unit in UNIT_SECONDS, f"a unit of time{others} is wanted here")
     _want(rest[0] != unit or numbers in ([], [1]), "the plural is wanted here")
     numbers = numbers or [1]
@@ -394,7 +395,8 @@ def _meant(words: list[str], repairs: int = 5) -> str:
     _, left, problem = _read(words)
     if not problem:
         return " ".join(words).replace(" ,", ",")
-    begin, found = words[: len(words) - len(left)], _repairs(left[0]) if left and repairs else []
+    begin = words[: len(words) - len(left)]
+    found = _repairs(left[0]) if left and repairs else []
     trials = [[*begin, *repair.split(), *left[1:]] for repair in found]
     better = [trial for trial in trials if len("".join(_read(trial)[1])) < len("".join(left))]
     return _meant(better[0], repairs - 1) if better else ""
@@ -588,7 +590,7 @@ def _decode_field(kind: type[Job | Project], name: str, value: Any) -> Any:
         raise ValueError(f"there is no field {quoted(name)}")
     wanted = kind.__annotations__[name].__forward_arg__  # typing.NamedTuple keeps the text in it
     is_right = not {*wanted.split(" | ")}.isdisjoint(JSON_ANNOTATIONS[type(value)])
-    if not is_right or (type(value) is float and not 0 <= value < LAST_INSTANT):
+    if not is_right or ("float" in wanted and not 0 <= (value or 0) < LAST_INSTANT):
         raise ValueError(f"the field '{name}' cannot be {value!r:.60}")
     if isinstance(value, list):
         return tuple(map(str, value))
@@ -3639,8 +3641,8 @@ def parse_options(argv: list[str] | None) -> argparse.Namespace:
             read = functools.partial(parse_option, parse, bounds)
             group.add_argument(name, metavar=metavar, type=read, help=meaning + shown)
     group.add_argument("--no-auth", action="store_true", help="let in everybody on any --host")
-    group.add_argument("--allow-host", metavar="NAME", action="append",
-                       help="one more name of this machine, or NAME:PORT; may be repeated")
+    meaning = "one more name of this machine, or NAME:PORT; may be repeated"
+    group.add_argument("--allow-host", metavar="NAME", action="append", help=meaning)
     parser.add_argument("--version", action="store_true", help="say the version, and no more")
     parser.set_defaults(**Settings()._asdict(), **Rules(allow_host=[])._asdict())
     parser.set_defaults(host="127.0.0.1", port=7654, data_dir=Path("scrapy-do-data"))
@@ -3737,7 +3739,7 @@ def reexec(daemon: Daemon, listening: socket.socket, signals: socket.socket) -> 
     """
     with daemon.lock:
         if daemon.store.is_behind:
-            raise ScrapyDoError(f"{daemon.store.folder} cannot be written, so nothing is saved")
+            raise ScrapyDoError(f"the state cannot be saved in {daemon.store.folder}")
         if select.select([signals], [], [], 0)[0]:
             return
         listening.set_inheritable(True)  # subprocess closes it all the same
@@ -3779,8 +3781,8 @@ def serve(options: argparse.Namespace, signals: socket.socket) -> None:
 def prepare_process() -> socket.socket:
     """Put right what a process may inherit, and return a socket that gets a byte for each signal.
 
-    A handler would run between two steps of the interpreter only, and might come just too late to
-    end a wait; see signal.set_wakeup_fd.
+    A handler runs between two steps of the interpreter only, and might come too late to end a
+    wait; see signal.set_wakeup_fd.
     """
     # A file that is opened while a standard stream is closed would become that stream.
     while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
