@@ -529,8 +529,8 @@ def describe(job: Job) -> str:
     took = f" after {job.duration} s" if job.duration is not None else ""
     run = f", a run of {job.scheduled_by}" if job.scheduled_by else ""
     end = f", {job.reason}" if job.reason else ""
-    status = f"{job.status.value}{when}{took}"
-    return f"job {job.identifier} {status}: {job.project} {job.spider}{run}{end}"
+    begin = f"job {job.identifier} {job.status.value}"
+    return f"{begin}{when}{took}: {job.project} {job.spider}{run}{end}"
 
 
 def new_identifier() -> str:
@@ -3567,7 +3567,7 @@ class Server(http.server.ThreadingHTTPServer):
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 HANDOVER = "SCRAPY_DO_HANDOVER"  # in the environment at a reload: the listening socket's number
-BACKLOG_COUNT = 1024  # connections that the kernel keeps until they are accepted
+BACKLOG = 1024  # connections that the kernel keeps until they are accepted
 CHECK_SECONDS = 10.0  # that a new program may take to say its version; new clients wait meanwhile
 DRAIN_SECONDS = 2.0  # for the last answers at a stop or reload
 PROGRAM = (sys.executable, *sys.orig_argv[1:])  # what has started this process
@@ -3684,16 +3684,12 @@ def warn_of_surroundings(scrapy: Sequence[str]) -> None:
 
 
 def listen(options: argparse.Namespace) -> socket.socket:
-    """Return a socket that listens; after a reload it is the former program's.
-
-    Raise ScrapyDoError when it cannot be had.
-    """
+    """Return a socket that listens, after a reload the former program's, or raise ScrapyDoError."""
     if HANDOVER in os.environ:
         return socket.socket(fileno=int(os.environ.pop(HANDOVER)))
-    address = (options.host, options.port)
     family = socket.AF_INET6 if ":" in options.host else socket.AF_INET
     try:
-        return socket.create_server(address, family=family, backlog=BACKLOG_COUNT)
+        return socket.create_server((options.host, options.port), family=family, backlog=BACKLOG)
     except OSError as error:
         where = f"{options.host}, port {options.port}: {error.strerror or error}"
         advice = "choose another --port or --host, or stop the program that uses it"
