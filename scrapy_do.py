@@ -20,7 +20,7 @@ How a request becomes a crawl:
                   end what is left, save how it ended ────────────────┘
 
 Threads
-    main        accepts connections until a signal comes; see `main` and `Server.serve_until`.
+    main        accepts connections until a signal comes; see `serve` and `Server.serve_until`.
     http        answer the requests of a connection each, and may wait for client and disk.
     timer       sleeps until a schedule is due, and looks at the clock at least once a minute.
     crawl-ID    sees to a crawl that has a slot, from the copy of its code to its end.
@@ -46,6 +46,7 @@ import hashlib
 import heapq
 import hmac
 import http.server
+import importlib.util
 import io
 import itertools
 import json
@@ -66,6 +67,7 @@ import time
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from datetime import datetime
 from enum import Enum
 from pathlib import Path
 from typing import IO, Any, NamedTuple, TypeGuard
@@ -101,44 +103,19 @@ class ScrapyDoError(Exception):
         self.headers = headers
 
 
-class BadRequest(ScrapyDoError):
-    """Refuse a request that is wrong in itself."""
+# Nobody needs to tell these apart but clients, by the status.
+BadRequest = functools.partial(ScrapyDoError, status=400)  # wrong in itself
+Forbidden = functools.partial(ScrapyDoError, status=403)  # maybe asked for by a foreign web page
+NotFound = functools.partial(ScrapyDoError, status=404)
+Conflict = functools.partial(ScrapyDoError, status=409)  # not allowed in the present state
+TooLarge = functools.partial(ScrapyDoError, status=413)
+Unavailable = functools.partial(ScrapyDoError, status=503)  # the daemon stops, or has too much work
 
-    status = 400
 
-
-class SpecError(BadRequest):
+class SpecError(ScrapyDoError):
     """Refuse a scheduling spec."""
 
-
-class Forbidden(ScrapyDoError):
-    """Refuse what somebody else's web page may have asked a browser for."""
-
-    status = 403
-
-
-class NotFound(ScrapyDoError):
-    """Say that there is no such path, project, spider or job."""
-
-    status = 404
-
-
-class Conflict(ScrapyDoError):
-    """Refuse a change that the present state does not allow."""
-
-    status = 409
-
-
-class TooLarge(ScrapyDoError):
-    """Refuse a request that is over a limit."""
-
-    status = 413
-
-
-class Unavailable(ScrapyDoError):
-    """Refuse work because the daemon is stopping or has too much of it."""
-
-    status = 503
+    status = 400
 
 
 class StorageError(ScrapyDoError):
@@ -149,8 +126,7 @@ class StorageError(ScrapyDoError):
 
 def log(message: str) -> None:
     """Write a line to stderr, with the local time; a line break cannot fake a second line."""
-    if not message.isprintable():
-        message = "".join(c if c.isprintable() else repr(c)[1:-1] for c in message)
+    message = "".join(c if c.isprintable() else repr(c)[1:-1] for c in message)
     line = f"{time.strftime('%Y-%m-%d %H:%M:%S%z')} {message}\n"
     # A full disk or a closed terminal must not stop a crawl, and sys.stderr may even be None.
     with contextlib.suppress(OSError, ValueError):
@@ -159,14 +135,12 @@ def log(message: str) -> None:
 
 def log_crash(what: str) -> None:
     """Write the traceback of the exception being handled, a line each."""
-    try:
+    log(f"{what} failed: {sys.exc_info()[1]!r}")
+    with contextlib.suppress(OSError):  # no file descriptor may be left to read the module
         import traceback
 
-        text = traceback.format_exc()
-    except OSError:  # there may be no file descriptor left to read the module
-        text = repr(sys.exc_info()[1])
-    for line in f"{what} failed:\n{text}".splitlines():
-        log(line)
+        for line in traceback.format_exc().splitlines():
+            log(line)
 
 
 def quoted(text: str) -> str:
@@ -174,25 +148,25 @@ def quoted(text: str) -> str:
     return repr(text if len(text) <= 60 else text[:57] + "...")
 
 
-def unknown(kind: str, name: str, known: Collection[str], advice: str) -> NotFound:
+def unknown(kind: str, name: str, known: Collection[str], advice: str) -> ScrapyDoError:
     """Return the error that a name does not exist, with the known names that look most like it."""
     import difflib
 
-    near = [quoted(each) for each in difflib.get_close_matches(name[:100], known, 3, 0.6)]
+    near = [quoted(each) for each in difflib.get_close_matches(name[:100], known)]
     meant = f"did you mean {' or '.join(near)}? " if near else ""
     return NotFound(f"there is no {kind} {quoted(name)}; {meant}{advice}")
 
 
 def parse_whole(text: str, least: int, most: int) -> int:
     """Return a whole number within bounds. Raise ValueError for anything else."""
-    if re.fullmatch("-?[0-9]{1,12}", text, re.ASCII) and least <= int(text) <= most:
+    if re.fullmatch("-?[0-9]{1,12}", text) and least <= int(text) <= most:
         return int(text)
     raise ValueError(f"must be a whole number from {least} to {most}, not {quoted(text)}")
 
 
 def parse_seconds(text: str, least: float = 0.0) -> float:
     """Return a number of seconds up to a million. Raise ValueError for anything else."""
-    if re.fullmatch(r"[0-9]{1,7}(\.[0-9]{0,6})?", text, re.ASCII) and least <= float(text) <= 10**6:
+    if re.fullmatch(r"[0-9]{1,7}(\.[0-9]{0,6})?", text) and least <= float(text) <= 10**6:
         return float(text)
     raise ValueError(f"must be a number of seconds from {least:g} to 1000000, not {quoted(text)}")
 
@@ -204,12 +178,14 @@ UNIT_SECONDS = {"second": 1, "minute": 60, "hour": 3600, "day": 86400, "week": 7
 ELAPSED_UNITS = ("second", "minute", "hour")  # the others are days on the local calendar
 LAST_INSTANT = 253402214400.0  # 9999-12-31 00:00 UTC: still the year 9999 in every time zone
 WEEKDAYS = ("monday", "tuesday", "wednesday", "thursday", "friday", "saturday", "sunday")
-DAY_NAMES = {name: frozenset({day}) for day, name in enumerate(WEEKDAYS)}
-DAY_NAMES |= {"weekday": frozenset(range(5)), "weekend": frozenset({5, 6})}
-TIME_FORMS = {  # unit: how its times are written, and examples
-    "day": (r"(?a)\d:[0-5]\d|([01]\d|2[0-3]):[0-5]\d(:[0-5]\d)?", "9:30, 18:00 or 23:59:59"),
-    "hour": (r"(?a)([0-5]\d)?:[0-5]\d", ":15 (minute 15) or 00:15 (second 15)"),
-    "minute": (r"(?a):[0-5]\d", ":15 (second 15)"),
+DAY_NAMES = {
+    **{name: frozenset({day}) for day, name in enumerate(WEEKDAYS)},
+    "weekday": frozenset(range(5)), "weekend": frozenset({5, 6}),
+}  # fmt: skip
+TIME_FORMS = {  # unit: what the first number of its times counts, their form, and examples
+    "day": (3600, r"(?a)\d:[0-5]\d|([01]\d|2[0-3]):[0-5]\d(:[0-5]\d)?", "9:30, 18:00 or 23:59:59"),
+    "hour": (60, r"(?a)([0-5]\d)?:[0-5]\d", ":15 (minute 15) or 00:15 (second 15)"),
+    "minute": (1, r"(?a):[0-5]\d", ":15 (second 15)"),
 }
 
 
@@ -224,12 +200,11 @@ def _instant_of_wall(wall: float) -> float:
     That is right after the gap of spring, and the first pass in the fold of autumn (PEP 495).
     """
     before, after = _utc_offset(wall - DAY_SECONDS), _utc_offset(wall + DAY_SECONDS)
-    for offset in (before, after):
-        if _utc_offset(wall - offset) == offset:
-            return wall - offset
-
-    seconds = range(int(wall - after) - 1, int(wall - before) + 2)  # clocks jump over `wall` here
-    return float(seconds[bisect_left(seconds, wall, key=lambda m: m + _utc_offset(m))])
+    if _utc_offset(wall - before) == before:
+        return wall - before
+    seconds = range(int(wall) - DAY_SECONDS, int(wall) + DAY_SECONDS)  # clocks change in one
+    change = bisect_left(seconds, True, key=lambda second: _utc_offset(second) == after)
+    return max(float(seconds[change]), wall - after)
 
 
 class Recurrence(NamedTuple):
@@ -254,34 +229,28 @@ class Recurrence(NamedTuple):
         Raise SpecError when it may be past the year 9999, whatever is drawn.
         """
         # Beside the units, a weekday may be 7 days away; the rest is for time zones and gaps.
-        if moment + self.high * UNIT_SECONDS[self.unit] + 9 * DAY_SECONDS > LAST_INSTANT:
-            raise SpecError("the next run may be past the year 9999; choose a shorter interval")
-
-        count = rng.randint(self.low, self.high)
-        if self.unit in ELAPSED_UNITS:
-            return self._next_elapsed(moment, count)
-        return self._next_local(moment, count * UNIT_SECONDS[self.unit] // DAY_SECONDS)
-
-    def _next_elapsed(self, moment: float, count: int) -> float:
         size = UNIT_SECONDS[self.unit]
-        if not self.times:
-            return moment + count * size
+        if moment + self.high * size + 9 * DAY_SECONDS > LAST_INSTANT:
+            raise SpecError("the next run may be past the year 9999; choose a shorter interval")
+        count = rng.randint(self.low, self.high)
+        if self.unit not in ELAPSED_UNITS:
+            return self._next_local(moment, count * size // DAY_SECONDS)
+        return self._next_in_unit(moment, count, size) if self.times else moment + count * size
 
+    def _next_in_unit(self, moment: float, count: int, size: int) -> float:
         at = self.times[0]
         offset, later = _utc_offset(moment), _utc_offset(moment + size)
         passed = at if count == 1 else 0  # only a single unit may end in the present hour or minute
         due = ((moment + offset - passed) // size + count) * size + at - offset
-
         # Where clocks go back by half an hour (Lord Howe Island), the minute comes again sooner.
         again = due + (offset - later) % size - size
         return again if count == 1 and again > moment and _utc_offset(again) == later else due
 
     def _next_local(self, moment: float, step: int) -> float:
         today, time_of_day = divmod(self._wall_of(moment), DAY_SECONDS)
-        first = today + (step if step > 1 else 0)  # only a single day may still be today
         dues = (
             _instant_of_wall(day * DAY_SECONDS + at)
-            for day in itertools.count(first)
+            for day in itertools.count(today + (step if step > 1 else 0))  # a single may be today
             if (day + 3) % 7 in self.weekdays  # 1970-01-01 was a Thursday
             for at in self.times or (time_of_day,)
         )
@@ -298,10 +267,9 @@ class Recurrence(NamedTuple):
         """Return the first due time after `now` on the grid of `due`, however many were missed."""
         # Leap over most of them as intervals of the greatest length, which is a possible draw.
         longest = self.high * UNIT_SECONDS[self.unit]
-        leap = ((now - due) // longest - 2) * longest  # two less: a day of 25 hours, and last draws
-        if leap > 0:
-            is_local = self.unit not in ELAPSED_UNITS
-            due = _instant_of_wall(self._wall_of(due) + leap) if is_local else due + leap
+        leap = max((now - due) // longest - 2, 0) * longest  # 2: a day of 25 hours, and last draws
+        is_local = self.unit not in ELAPSED_UNITS
+        due = _instant_of_wall(self._wall_of(due) + leap) if is_local else due + leap
         while due <= now:
             due = self.next_after(due, rng)
         return due
@@ -342,68 +310,60 @@ def _read(words: list[str]) -> tuple[Recurrence | None, list[str], str]:
         return None, rest[:-1], str(error)
 
 
-def _parse_sentence(rest: list[str]) -> Recurrence | None:
-    if re.match("@|([0-9*/,-]+ ){3}", " ".join(rest)):
-        raise SpecError("cron syntax is not read")
-    if rest[0] in ("at", "in", "next", "on", "once", "today", "tomorrow", "tonight"):
-        raise SpecError("one-off runs are only possible by 'now'")
-    if rest[0] not in ("now", "every"):
-        raise SpecError("a schedule starts with 'now' or 'every'")
+def _want(is_right: bool, problem: str) -> None:
+    if not is_right:
+        raise SpecError(problem)
 
-    is_now = rest.pop(0) == "now"
-    recurrence = None if is_now else _parse_times(rest, _parse_interval(rest))
-    if rest[0]:
-        only = "only weekdays, and the times of weekdays and 'every day', can be a list"
-        raise SpecError(only if rest[0] in (",", "and") else "nothing may follow here")
+
+def _parse_sentence(rest: list[str]) -> Recurrence | None:
+    _want(not re.match("@|([0-9*/,-]+ ){3}", " ".join(rest)), "cron syntax is not read")
+    one_off = ("at", "in", "next", "on", "once", "today", "tomorrow", "tonight")
+    _want(rest[0] not in one_off, "one-off runs are only possible by 'now'")
+    _want(rest[0] in ("now", "every"), "a schedule starts with 'now' or 'every'")
+    recurrence = None if rest.pop(0) == "now" else _parse_interval(rest)
+    if recurrence and rest[0] == "at":
+        unit, high = recurrence.unit, recurrence.high
+        advice = "weekdays do, as in 'every monday at 12:30'"
+        _want(unit in TIME_FORMS, f"{unit}s take no time; {advice}")
+        rest.pop(0)
+        read, wanted = functools.partial(_read_time, unit), f"a time like {TIME_FORMS[unit][2]}"
+        times = _parse_list(rest, read, wanted, unit == "day" and high == 1)
+        recurrence = recurrence._replace(times=tuple(sorted(times)))
+    only = "only weekdays, and the times of weekdays and 'every day', can be a list"
+    _want(rest[0] == "", only if rest[0] in (",", "and") else "nothing may follow here")
     return recurrence
 
 
 def _parse_interval(rest: list[str]) -> Recurrence:
     if rest[0] in DAY_NAMES:
         return Recurrence("day", weekdays=_parse_list(rest, DAY_NAMES.get, "a weekday"))
-
-    is_counted = rest[0][:1].isdigit()
-    low = high = _parse_number(rest, 1) if is_counted else 1
-    if is_range := is_counted and rest[0] == "to":
+    numbers = [_parse_number(rest, 1)] if rest[0][:1].isdigit() else []
+    if numbers and rest[0] == "to":
         rest.pop(0)
-        high = _parse_number(rest, low)
-
+        numbers.append(_parse_number(rest, numbers[0]))
     unit = rest[0].removesuffix("s")
-    if unit not in UNIT_SECONDS:
-        raise SpecError(f"a unit of time{'' if is_counted else ' or a weekday'} is wanted here")
-    if rest[0] == unit and (is_range or high > 1):
-        raise SpecError("the plural is wanted here")
-    if high * UNIT_SECONDS[unit] > 36525 * DAY_SECONDS:  # more is a slip of the pen
-        raise SpecError("an interval is at most 100 years")
+    others = "" if numbers else " or a weekday"
+    _want(unit in UNIT_SECONDS, f"a unit of time{others} is wanted here")
+    _want(rest[0] != unit or numbers in ([], [1]), "the plural is wanted here")
+    numbers = numbers or [1]
+    is_sane = numbers[-1] * UNIT_SECONDS[unit] <= 36525 * DAY_SECONDS  # more is a slip of the pen
+    _want(is_sane, "an interval is at most 100 years")
     rest.pop(0)
-    return Recurrence(unit, low, high)
+    return Recurrence(unit, numbers[0], numbers[-1])
 
 
 def _parse_number(rest: list[str], least: int) -> int:
-    word = rest[0]
-    if not (word.isascii() and word.isdigit() and int(word) >= least):
-        raise SpecError(f"a whole number from {least} is wanted here")
+    is_right = re.fullmatch("[0-9]+", rest[0]) is not None and int(rest[0]) >= least
+    _want(is_right, f"a whole number from {least} is wanted here")
     return int(rest.pop(0))
 
 
-def _parse_times(rest: list[str], recurrence: Recurrence) -> Recurrence:
-    unit = recurrence.unit
-    if rest[0] != "at":
-        return recurrence
-    if unit not in TIME_FORMS:
-        raise SpecError(f"{unit}s take no time; weekdays do, as in 'every monday at 12:30'")
-    rest.pop(0)
-    read, wanted = functools.partial(_read_time, unit), f"a time like {TIME_FORMS[unit][1]}"
-    times = _parse_list(rest, read, wanted, unit == "day" and recurrence.high == 1)
-    return recurrence._replace(times=tuple(sorted(times)))
-
-
 def _read_time(unit: str, word: str) -> frozenset[int]:
-    if re.fullmatch(TIME_FORMS[unit][0], word) is None:
+    scale, form, _ = TIME_FORMS[unit]
+    if not re.fullmatch(form, word):
         return frozenset()
-    scale = UNIT_SECONDS[unit] // (24 if unit == "day" else 60)  # what the first number counts
-    numbers = filter(None, word.split(":"))
-    return frozenset({sum(int(n) * scale // 60**place for place, n in enumerate(numbers))})
+    numbers = map(int, filter(None, word.split(":")))
+    return frozenset({sum(number * scale // 60**place for place, number in enumerate(numbers))})
 
 
 def _parse_list(
@@ -428,8 +388,8 @@ SPEC_FORMS = (
 )
 SPEC_WORDS = (*UNIT_SECONDS, *(f"{unit}s" for unit in UNIT_SECONDS), *DAY_NAMES)
 CRON_NAMES = {"@hourly": "0 * * * *", "@daily": "0 0 * * *", "@weekly": "0 0 * * 0"}
-CRON_DAYS = {str(number): name for number, name in enumerate(WEEKDAYS, 1)}
-CRON_DAYS |= {"*": "day", "1-5": "weekday", "0": "sunday"}
+CRON_DAYS = {str(number): name for number, name in enumerate((WEEKDAYS[-1], *WEEKDAYS))}
+CRON_DAYS |= {"*": "day", "1-5": "weekday"}
 
 
 def _meant(words: list[str], repairs: int = 5) -> str:
@@ -437,32 +397,31 @@ def _meant(words: list[str], repairs: int = 5) -> str:
     _, left, problem = _read(words)
     if not problem:
         return " ".join(words).replace(" ,", ",")
-    for repair in _repairs(left[0]) if repairs and left else ():
-        trial = [*words[: -len(left)], *repair.split(), *left[1:]]
-        if len("".join(_read(trial)[1])) < len("".join(left)):
-            return _meant(trial, repairs - 1)
-    return ""
+    begin = words[: len(words) - len(left)]
+    found = _repairs(left[0]) if left and repairs else []
+    trials = [[*begin, *repair.split(), *left[1:]] for repair in found]
+    better = [trial for trial in trials if len("".join(_read(trial)[1])) < len("".join(left))]
+    return _meant(better[0], repairs - 1) if better else ""
 
 
 def _repairs(word: str) -> list[str]:
     """Return what may have been meant by a word."""
-    found = [known for known in SPEC_WORDS if known.startswith(word.rstrip("s") or word)]
-    if word[0].isdigit():
-        found += [f":{word}", f"{word}:00", re.sub("([0-9])([a-z])", r"\1 \2", word)]
-    return [*found, f"every {word}", f"at {word}", f"and {word}"]
+    known = [each for each in SPEC_WORDS if each.startswith(word.rstrip("s") or word)]
+    spaced = re.sub("([0-9])([a-z])", r"\1 \2", word)
+    return [*known, f":{word}", f"{word}:00", spaced, f"every {word}", f"at {word}", f"and {word}"]
 
 
 def _cron_sentence(words: list[str]) -> list[str]:
     """Return words, not yet parsed, that mean what five fields of crontab(5) do; or none."""
-    fields = CRON_NAMES.get(words[0], " ".join(words).replace(" , ", ",")).split()
-    if len(fields) != 5 or fields[2:4] != ["*", "*"]:
+    line = CRON_NAMES.get(words[0], " ".join(words).replace(" , ", ","))
+    fields = re.fullmatch(r"(\S+) (\S+) \* \* (\S+)", line)
+    if fields is None:
         return []
-    minute, hour, _, _, days = fields
+    minute, hour, days = fields.groups()
     if hour == days == "*":
         sentence = "every minute" if minute == "*" else f"every hour at :{minute:0>2}"
-        if step := re.fullmatch(r"\*/([2-6]|1[025]|[23]0)", minute):
-            sentence = f"every {step[1]} minutes"
-        return sentence.split()
+        step = re.fullmatch(r"\*/([2-6]|1[025]|[23]0)", minute)
+        return (f"every {step[1]} minutes" if step else sentence).split()
     named = " and ".join(CRON_DAYS.get(day, day) for day in days.split(","))
     times = " and ".join(f"{number}:{minute:0>2}" for number in hour.split(","))
     return f"every {named} at {times}".split()
@@ -472,18 +431,13 @@ def _cron_sentence(words: list[str]) -> list[str]:
 
 
 class Status(str, Enum):
-    """Where a job is in its life."""
+    """Where a job is in its life: three that are active, three that are completed."""
 
-    SCHEDULED = "SCHEDULED"
-    PENDING = "PENDING"
-    RUNNING = "RUNNING"
-    SUCCESSFUL = "SUCCESSFUL"
-    FAILED = "FAILED"
-    CANCELED = "CANCELED"
+    SCHEDULED, PENDING, RUNNING = "SCHEDULED", "PENDING", "RUNNING"
+    SUCCESSFUL, FAILED, CANCELED = "SUCCESSFUL", "FAILED", "CANCELED"
 
 
-ACTIVE = (Status.SCHEDULED, Status.PENDING, Status.RUNNING)
-COMPLETED = (Status.SUCCESSFUL, Status.FAILED, Status.CANCELED)
+ACTIVE, COMPLETED = tuple(Status)[:3], tuple(Status)[3:]
 JOB_PATTERN = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 NAME_PATTERN = re.compile(r"\w[\w.-]{0,99}")
 Strings = tuple[str, ...]
@@ -530,6 +484,9 @@ class Job(NamedTuple):
     stats: dict[str, Any] | None = None  # what Scrapy counted: items, responses, errors
     notice: bool = False  # --on-finish has not been told yet
 
+    def __hash__(self) -> int:
+        return hash(self.identifier)  # `stats` has no hash
+
     def view(self) -> dict[str, Any]:
         """Return what the API says of the job."""
         return {
@@ -561,35 +518,38 @@ class Gone(NamedTuple):
 
 Record = Job | Project | Gone
 encode_json = json.JSONEncoder(ensure_ascii=False).encode  # json.dumps makes an encoder each time
-JSON_TYPES: dict[str, tuple[type, ...]] = {  # what a field of that annotation is in JSON
-    "str": (str,), "int": (int,), "bool": (bool,), "float": (float, int), "None": (type(None),),
-    "Strings": (list,), "Status": (str,), "dict[str, Any]": (dict,),
+# What may stand in a field of the state file, by the type that it has in JSON.
+JSON_ANNOTATIONS = {
+    str: ("str", "Status"), int: ("int", "float"), float: ("float",), bool: ("bool",),
+    type(None): ("None",), list: ("Strings",), dict: ("dict[str, Any]",),
 }  # fmt: skip
-SHARED_FIELDS = ("schedule", "project", "spider", "description")  # thousands of jobs share a text
 
 
 def describe(job: Job) -> str:
     """Return how the log names a job."""
     when = f" ({job.schedule})" if job.status is Status.SCHEDULED else ""
+    took = f" after {job.duration} s" if job.duration is not None else ""
     run = f", a run of {job.scheduled_by}" if job.scheduled_by else ""
     end = f", {job.reason}" if job.reason else ""
-    took = f" after {job.duration} s" if job.duration is not None else ""
-    status = f"{job.status.value}{when}{took}"
-    return f"job {job.identifier} {status}: {job.project} {job.spider}{run}{end}"
+    begin = f"job {job.identifier} {job.status.value}"
+    return f"{begin}{when}{took}: {job.project} {job.spider}{run}{end}"
 
 
 def new_identifier() -> str:
-    """Return a random UUID, RFC 9562 section 5.4; the module uuid takes 10 ms to import."""
-    bits = int.from_bytes(os.urandom(16), "big") & ~(0xF << 76 | 0x3 << 62) | 0x4 << 76 | 0x2 << 62
-    return re.sub("(.{8})(.{4})(.{4})(.{4})(.{12})", r"\1-\2-\3-\4-\5", f"{bits:032x}")
+    """Return a random UUID, RFC 9562 section 5.4; the module uuid takes 2 ms to import."""
+    text = os.urandom(16).hex()
+    return f"{text[:8]}-{text[8:12]}-4{text[13:16]}-a{text[17:20]}-{text[20:]}"
 
 
-def local_time(instant: float | None) -> str | None:
+def local_time(moment: float | None) -> str | None:
     """Return POSIX seconds as local time like `2017-12-11 15:20:42.415793`; None stays None."""
-    if instant is None:
-        return None
-    whole, micro = divmod(round(instant * 1_000_000), 1_000_000)
-    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(whole)) + f".{micro:06d}"
+    return None if moment is None else datetime.fromtimestamp(moment).isoformat(" ", "microseconds")
+
+
+@functools.lru_cache(maxsize=100)  # whoever watches a list asks for the same jobs again
+def job_text(job: Job) -> str:
+    """Return what the API says of a job as JSON."""
+    return encode_json(job.view())
 
 
 class Json(str):
@@ -606,28 +566,11 @@ def encode_answer(answer: Mapping[str, Any]) -> str:
     return encode_json(others)[:-1] + "".join(texts) + "}"
 
 
-@functools.lru_cache(maxsize=1024)
-def _cached_text(job: Job) -> str:
-    return encode_json(job.view())
-
-
-def job_text(job: Job) -> str:
-    """Return what the API says of a job as JSON.
-
-    Whoever watches a list asks for the same jobs again; long ones are not kept in memory for that.
-    """
-    size = len(job.payload) + len(job.description) + sum(map(len, job.arg + job.setting))
-    is_hashable = job.stats is None
-    return _cached_text(job) if is_hashable and size < 2000 else encode_json(job.view())
-
-
 def encode_record(record: Record) -> str:
     """Return a record as JSON on one line, without the fields that have their default."""
-    if isinstance(record, Gone):
-        return encode_json({**{k: v for k, v in record._asdict().items() if v}, "gone": True})
-    defaults, unset = record._field_defaults, object()
-    fields = zip(record._fields, record, strict=True)
-    return encode_json({k: v for k, v in fields if v != defaults.get(k, unset)})
+    defaults = record._field_defaults
+    fields = {name: v for name, v in record._asdict().items() if v != defaults.get(name)}
+    return encode_json({**fields, "gone": True} if isinstance(record, Gone) else fields)
 
 
 def decode_record(fields: Any) -> Record:
@@ -636,28 +579,24 @@ def decode_record(fields: Any) -> Record:
         raise ValueError(f"{fields!r:.60} is not an object")
     if fields.get("gone") is True:
         return Gone(str(fields.get("identifier", "")), str(fields.get("name", "")))
-    kind: type[Any] = Job if "identifier" in fields else Project
+    kind: type[Job | Project] = Job if "identifier" in fields else Project
     try:
-        record: Record = kind(**{k: _decode_field(kind, k, v) for k, v in fields.items()})
+        return kind(**{name: _decode_field(kind, name, v) for name, v in fields.items()})
     except (TypeError, ValueError) as error:
         key = fields.get(kind._fields[0])
         raise ValueError(f"the record {key!r:.60}: {error}") from None
-    return record
 
 
-def _decode_field(kind: type[Any], name: str, value: Any) -> Any:
-    wanted = kind.__annotations__.get(name)
-    if wanted is None:
+def _decode_field(kind: type[Job | Project], name: str, value: Any) -> Any:
+    if name not in kind._fields:
         raise ValueError(f"there is no field {quoted(name)}")
-    parts = wanted.__forward_arg__.split(" | ")  # typing.NamedTuple makes a ForwardRef of the text
-    allowed = [python for part in parts for python in JSON_TYPES[part]]
-    if type(value) not in allowed or (type(value) is float and not 0 <= value < LAST_INSTANT):
+    wanted = kind.__annotations__[name].__forward_arg__  # typing.NamedTuple keeps the text in it
+    is_right = not {*wanted.split(" | ")}.isdisjoint(JSON_ANNOTATIONS[type(value)])
+    if not is_right or ("float" in wanted and not 0 <= (value or 0) < LAST_INSTANT):
         raise ValueError(f"the field '{name}' cannot be {value!r:.60}")
-    if name == "status":
-        return Status(value)
     if isinstance(value, list):
-        return tuple(str(item) for item in value)
-    return sys.intern(value) if name in SHARED_FIELDS else value
+        return tuple(map(str, value))
+    return Status(value) if name == "status" else value
 
 
 # ---- 4. Store --------------------------------------------------------------------------------
@@ -1789,7 +1728,7 @@ class Daemon:
         if id is not None and status is project is spider is scheduled_by is None:
             return {"jobs": [self.find_job(id).view()]}
         if id is not None or status is None:
-            raise BadRequest("list-jobs.json needs either id or status: list-jobs.json?status=ACTIVE")
+            raise BadRequest("this needs either id or status, as in list-jobs.json?status=ACTIVE")
         groups = {"ACTIVE": ACTIVE, "COMPLETED": COMPLETED, **{s.value: (s,) for s in Status}}
         if status not in groups:
             raise BadRequest(f"there is no such status; use one of {', '.join(groups)}")
@@ -3333,25 +3272,11 @@ class Server(http.server.ThreadingHTTPServer):
 # ---- 8. Command line -------------------------------------------------------------------------
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-IS_CHECKED = 0  # comes among the numbers of signals when a new program has been checked
-HANDOVER = "SCRAPY_DO_HANDOVER"  # in the environment: this process and its listening socket
-BACKLOG_COUNT = 1024  # connections that the kernel keeps until they are accepted
-CHECK_SECONDS = 20.0  # that a new program may take to say its version
+HANDOVER = "SCRAPY_DO_HANDOVER"  # in the environment at a reload: the listening socket's number
+BACKLOG = 1024  # connections that the kernel keeps until they are accepted
+CHECK_SECONDS = 10.0  # that a new program may take to say its version; new clients wait meanwhile
 DRAIN_SECONDS = 2.0  # for the last answers at a stop or reload
-SWITCH_SECONDS = 0.001  # after which a busy thread lets others go on; Python's own is 5 ms
-
-
-def option(parse: Callable[..., Any], *bounds: float) -> Callable[[str], Any]:
-    """Return the check of an option, for argparse."""
-
-    def check(text: str) -> Any:
-        """Return the value of the option."""
-        try:
-            return parse(text, *bounds)
-        except ValueError as error:
-            raise argparse.ArgumentTypeError(str(error)) from None
-
-    return check
+PROGRAM = (sys.executable, *sys.orig_argv[1:])  # what has started this process
 
 
 def parse_command(text: str) -> Strings:
@@ -3364,63 +3289,69 @@ def parse_command(text: str) -> Strings:
     return (os.path.abspath(words[0]) if "/" in words[0] else words[0], *words[1:])
 
 
-OPTIONS = {  # by group: the name, the check, the name of the value, and the meaning
+def parse_option(parse: Callable[..., Any], bounds: Sequence[float], text: str) -> Any:
+    """Return the value of an option; argparse takes the words of this error only."""
+    try:
+        return parse(text, *bounds)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+OPTIONS = {  # by group: the name, the name of the value, how it is read, bounds, and the meaning
     "where": (
-        ("--host", str, "HOST", "address to listen on, by default only for this machine"),
-        ("--port", option(parse_whole, 0, 65535), "PORT", "port to listen on, 0 for any"),
-        ("--data-dir", Path, "DIR", "folder in which everything is kept"),
+        ("--host", "HOST", str, (), "address, by default only for this machine (%(default)s)"),
+        ("--port", "PORT", parse_whole, (0, 65535), "port to listen on, 0 for any"),
+        ("--data-dir", "DIR", Path, (), "folder in which everything is kept (%(default)s)"),
     ),
     "crawls": (
-        ("--scrapy", option(parse_command), "CMD", "the command that is Scrapy; {project} in it "
-         "stands for the project's name (default: this Python's -m scrapy)"),
-        ("--job-slots", option(parse_whole, 1, 1000), "COUNT", "crawls that run at once"),
-        ("--project-slots", option(parse_whole, 0, 1000), "COUNT", "of one project, 0: no limit"),
-        ("--spider-slots", option(parse_whole, 0, 1000), "COUNT", "of one spider, 0: no limit"),
-        ("--job-timeout", option(parse_seconds), "SECONDS", "of jobs without one, 0: no limit"),
-        ("--kill-after", option(parse_seconds), "SECONDS", "from SIGTERM to SIGKILL"),
-        ("--list-timeout", option(parse_seconds, 1), "SECONDS", "for 'scrapy list' at a push"),
-        ("--on-finish", option(parse_command), "CMD", "run after each job, which is its input"),
+        ("--scrapy", "CMD", parse_command, (), "the command that is Scrapy; {project} in it stands "
+         "for the project's name (default: this Python's -m scrapy)"),
+        ("--job-slots", "COUNT", parse_whole, (1, 1000), "crawls that run at once"),
+        ("--project-slots", "COUNT", parse_whole, (0, 1000), "of one project, 0: no limit"),
+        ("--spider-slots", "COUNT", parse_whole, (0, 1000), "of one spider, 0: no limit"),
+        ("--job-timeout", "SECONDS", parse_seconds, (), "of jobs without one, 0: no limit"),
+        ("--kill-after", "SECONDS", parse_seconds, (), "from SIGTERM to SIGKILL"),
+        ("--list-timeout", "SECONDS", parse_seconds, (1,), "for 'scrapy list' at a push"),
+        ("--on-finish", "CMD", parse_command, (), "run after each job, which is its input"),
     ),
     "finished jobs": (
-        ("--completed-cap", option(parse_whole, 1, 10**6), "COUNT", "how many are kept"),
-        ("--keep-days", option(parse_whole, 0, 10**5), "DAYS", "for how long, 0: no limit"),
-        ("--keep-mib", option(parse_whole, 0, 10**9), "MIB", "of logs in all, 0: no limit"),
+        ("--completed-cap", "COUNT", parse_whole, (1, 10**6), "how many are kept"),
+        ("--keep-days", "DAYS", parse_whole, (0, 10**5), "for how long, 0: no limit"),
+        ("--keep-mib", "MIB", parse_whole, (0, 10**9), "of logs in all, 0: no limit"),
     ),
     "clients": (
-        ("--auth-file", Path, "FILE", "users who may come in, a line USER:PASSWORD each"),
-        ("--tls-cert", Path, "FILE", "certificate chain; with it only HTTPS is spoken"),
-        ("--tls-key", Path, "FILE", "its private key, if that is in a file of its own"),
-        ("--tls-password-file", Path, "FILE", "the password of the key, if it has one"),
-        ("--max-upload", option(parse_whole, 1, 10**6), "MIB", "largest body of a request"),
-        ("--max-connections", option(parse_whole, 1, 10**5), "COUNT", "connections at once"),
-        ("--request-timeout", option(parse_seconds, 1), "SECONDS", "for a request to arrive"),
+        ("--auth-file", "FILE", Path, (), "users who may come in, a line USER:PASSWORD each"),
+        ("--tls-cert", "FILE", Path, (), "certificate chain; with it only HTTPS is spoken"),
+        ("--tls-key", "FILE", Path, (), "its private key, if that is in a file of its own"),
+        ("--tls-password-file", "FILE", Path, (), "the password of the key, if it has one"),
+        ("--max-upload", "MIB", parse_whole, (1, 10**6), "largest body of a request"),
+        ("--max-connections", "COUNT", parse_whole, (1, 10**5), "connections at once"),
+        ("--request-timeout", "SECONDS", parse_seconds, (1,), "for a request to arrive"),
     ),
 }  # fmt: skip
 
 
 def parse_options(argv: list[str] | None) -> argparse.Namespace:
     """Return the options; None takes them from the command line. Wrong ones end with status 2."""
-    # To find out the width of a terminal takes argparse imports of 2 ms and 0.6 MiB.
-    wide = functools.partial(argparse.HelpFormatter, width=79, max_help_position=28)
     parser = argparse.ArgumentParser(
         prog="scrapy-do", description=(__doc__ or "").splitlines()[0], allow_abbrev=False,
-        fromfile_prefix_chars="@", formatter_class=wide,
+        fromfile_prefix_chars="@",
         epilog="@FILE takes options from a file, one word a line. The README explains all.",
+        # To find out the width of a terminal takes argparse imports of 2 ms and 0.6 MiB.
+        formatter_class=functools.partial(argparse.HelpFormatter, width=79, max_help_position=28),
     )  # fmt: skip
-    defaults = {**Settings()._asdict(), **Rules()._asdict(), "allow_host": []}
-    defaults |= {"host": "127.0.0.1", "port": 7654, "data_dir": Path("scrapy-do-data")}
     for title, rows in OPTIONS.items():
         group = parser.add_argument_group(title)
-        for name, check, metavar, meaning in rows:
-            value = defaults.get(name[2:].replace("-", "_"))
-            shown = f" ({value:g})" if isinstance(value, float) else f" ({value})"
-            shown = shown if value is not None and not isinstance(value, tuple) else ""
-            group.add_argument(name, type=check, metavar=metavar, help=meaning + shown)
+        for name, metavar, parse, bounds, meaning in rows:
+            shown = " (%(default)g)" if parse in (parse_whole, parse_seconds) else ""
+            read = functools.partial(parse_option, parse, bounds)
+            group.add_argument(name, metavar=metavar, type=read, help=meaning + shown)
     group.add_argument("--no-auth", action="store_true", help="let in everybody on any --host")
-    more = "one more name of this machine, or NAME:PORT; may be repeated"
-    group.add_argument("--allow-host", action="append", metavar="NAME", help=more)
+    meaning = "one more name of this machine, or NAME:PORT; may be repeated"
+    group.add_argument("--allow-host", metavar="NAME", action="append", help=meaning)
     parser.add_argument("--version", action="store_true", help="say the version, and no more")
-    parser.set_defaults(**defaults)
+    parser.set_defaults(**Settings()._asdict(), **Rules(allow_host=[])._asdict())
+    parser.set_defaults(host="127.0.0.1", port=7654, data_dir=Path("scrapy-do-data"))
     options = parser.parse_args(argv)
     if options.auth_file and options.no_auth:
         parser.error("--auth-file and --no-auth contradict each other")
@@ -3429,214 +3360,164 @@ def parse_options(argv: list[str] | None) -> argparse.Namespace:
     return options
 
 
-def check_exposure(host: str, options: argparse.Namespace) -> None:
-    """Raise ScrapyDoError if the daemon would let in whoever reaches a host."""
-    is_local = host.startswith("127.") or host in ("::1", "localhost")
+def read_rules(options: argparse.Namespace) -> Rules:
+    """Return the rules of the server. Raise ScrapyDoError for a host or files that will not do."""
+    is_local = options.host.startswith("127.") or options.host in ("::1", "localhost")
     if not (is_local or options.auth_file or options.no_auth):
         advice = "name users by --auth-file, or say --no-auth if a proxy or firewall checks them"
-        raise ScrapyDoError(f"whoever reaches {host} could run code as this user; {advice}")
-
-
-def read_rules(options: argparse.Namespace) -> Rules:
-    """Return the rules of the server. Raise ScrapyDoError for files that will not do."""
-    check_exposure(options.host, options)
+        raise ScrapyDoError(f"whoever reaches {options.host} could run code as this user; {advice}")
     if options.auth_file:
         options.users = read_users(options.auth_file)
     if options.tls_cert:
         options.tls = Tls(options.tls_cert, options.tls_key, options.tls_password_file)
-    if options.on_finish and not find_command(options.on_finish[0]):
+    if options.on_finish and not shutil.which(options.on_finish[0]):
         advice = f"run 'chmod +x {options.on_finish[0]}', or mend the path"
         raise ScrapyDoError(f"--on-finish {options.on_finish[0]} cannot be executed; {advice}")
     return Rules(**{name: getattr(options, name) for name in Rules._fields})
 
 
-def find_command(name: str) -> str | None:
-    """Return the path of a command, None when there is none."""
-    import shutil
-
-    return shutil.which(name)
-
-
-def warn_of_surroundings(options: argparse.Namespace) -> None:
+def warn_of_surroundings(scrapy: Sequence[str]) -> None:
     """Log what will not work later, though the daemon can start."""
-    import importlib.util
-
-    scrapy = options.scrapy
     if scrapy == Settings().scrapy and importlib.util.find_spec("scrapy") is None:
         cure = f"run '{sys.executable} -m pip install scrapy', or see --scrapy"
         log(f"warning: Scrapy is not installed for {sys.executable}: {cure}")
-    elif "{project}" not in scrapy[0] and not find_command(scrapy[0]):
+    elif "{project}" not in scrapy[0] and not shutil.which(scrapy[0]):
         log(f"warning: there is no command '{scrapy[0]}'; install it, or see --scrapy")
     zone = os.environ.get("TZ", "").removeprefix(":")
-    is_known = not zone or os.path.exists(os.path.join("/usr/share/zoneinfo", zone))
-    if not is_known and not re.match(r"(<[^>]+>|[A-Za-z]{3,})[+-]?[0-9]", zone):
+    is_rule = re.match(r"(<[^>]+>|[A-Za-z]{3,})[+-]?[0-9]", zone)
+    if zone and not is_rule and not os.path.exists(os.path.join("/usr/share/zoneinfo", zone)):
         log(f"warning: there is no time zone {quoted(zone)}, so times are UTC; set TZ to another")
-    if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
-        log("SIGHUP is ignored, as nohup has it, so it does not reload")
 
 
 def listen(options: argparse.Namespace) -> socket.socket:
-    """Return a socket that listens, without asking DNS. Raise ScrapyDoError when it cannot be had.
-
-    After a reload it is the former program's.
-    """
-    process, _, descriptor = os.environ.pop(HANDOVER, "").partition(" ")
+    """Return a socket that listens, after a reload the former program's, or raise ScrapyDoError."""
+    if HANDOVER in os.environ:
+        return socket.socket(fileno=int(os.environ.pop(HANDOVER)))
     family = socket.AF_INET6 if ":" in options.host else socket.AF_INET
     try:
-        if process == str(os.getpid()):
-            listening = socket.socket(fileno=int(descriptor))
-            listening.set_inheritable(False)
-        else:
-            address = (options.host, options.port)
-            listening = socket.create_server(address, family=family, backlog=BACKLOG_COUNT)
+        return socket.create_server((options.host, options.port), family=family, backlog=BACKLOG)
     except OSError as error:
         where = f"{options.host}, port {options.port}: {error.strerror or error}"
         advice = "choose another --port or --host, or stop the program that uses it"
         raise ScrapyDoError(f"cannot listen on {where}; {advice}") from None
-    try:
-        check_exposure(listening.getsockname()[0], options)  # after a reload it may be another
-    except ScrapyDoError:
-        listening.close()
-        raise
-    return listening
 
 
 def tell_supervisor(state: str) -> None:
     """Tell the service manager that started the daemon how it is, see sd_notify(3)."""
     address = os.environ.get("NOTIFY_SOCKET", "")
     with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as wire:
-        if address:
-            wire.sendto(state.encode(), re.sub("^@", "\0", address))
+        wire.sendto(state.encode(), re.sub("^@", "\0", address))  # "" is an OSError
 
 
-def program() -> list[str]:
-    """Return the command that has started this process."""
-    return [sys.executable, *sys.orig_argv[1:]]
-
-
-def check_program(wake: socket.socket) -> None:
-    """Write IS_CHECKED to `wake` if the program, maybe a newer version, starts with our options."""
-    now = time.monotonic_ns() // 1000
-    tell_supervisor(f"RELOADING=1\nMONOTONIC_USEC={now}")
-    try:
-        asked = subprocess.run(
-            [*program(), "--version"], stdin=subprocess.DEVNULL, capture_output=True, text=True,
-            timeout=CHECK_SECONDS, env={k: v for k, v in os.environ.items() if k != HANDOVER},
-        )  # fmt: skip
+def check_program(listening: socket.socket) -> None:
+    """Raise ScrapyDoError if the program, maybe a newer version, cannot start with our options."""
+    command = [*PROGRAM, "--version", "--host", listening.getsockname()[0]]  # it keeps that address
+    asked = subprocess.run(
+        command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=CHECK_SECONDS
+    )
+    if not asked.stdout.startswith("scrapy-do "):  # the exit status may have been reaped elsewhere
         problem = (asked.stderr.strip() or "it does not say its version").splitlines()[-1]
-        is_good = asked.returncode == 0 and asked.stdout.startswith("scrapy-do ")
-    except (OSError, ValueError, subprocess.SubprocessError) as error:
-        is_good, problem = False, str(error)
-    if is_good:
-        wake.send(bytes([IS_CHECKED]))
-    else:
-        refuse_reload(f"the program cannot be started: {problem}")
+        raise ScrapyDoError(f"the program cannot be started: {problem}")
 
 
-def refuse_reload(problem: str) -> None:
-    """Say that the present program goes on."""
-    log(f"not reloaded, all goes on as before: {problem}; mend that and send SIGHUP again")
+def reload(daemon: Daemon, server: Server, signals: socket.socket) -> None:
+    """Have the program executed anew; return when that is refused, and all goes on."""
+    tell_supervisor(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
+    try:
+        check_program(server.socket)
+        log("reloading; crawls run on")
+        server.drain(DRAIN_SECONDS)
+        reexec(daemon, server.socket, signals)
+    except (ScrapyDoError, OSError, ValueError, subprocess.SubprocessError) as error:
+        log(f"not reloaded, all goes on as before: {error}; mend that and send SIGHUP again")
     tell_supervisor("READY=1")
 
 
-def reexec(daemon: Daemon, server: Server, signals: socket.socket) -> None:
-    """Execute the program anew in this process; return only if that is impossible.
+def reexec(daemon: Daemon, listening: socket.socket, signals: socket.socket) -> None:
+    """Execute the program anew in this process; return if there is a signal to look at first.
 
     The lock is held: no child is started or reaped, and no record changes, until the next program
     has loaded them. Its children are ours, see execve(2), and clients wait at the same socket.
     """
-    log("reloading; crawls run on")
-    server.drain(DRAIN_SECONDS)
     with daemon.lock:
         if daemon.store.is_behind:
-            refuse_reload(f"{daemon.store.folder} cannot be written, so the state is not saved")
-            return
+            raise ScrapyDoError(f"the state cannot be saved in {daemon.store.folder}")
         if select.select([signals], [], [], 0)[0]:
-            return  # somebody wants us to stop, or to reload again
-        server.socket.set_inheritable(True)
-        os.environ[HANDOVER] = f"{os.getpid()} {server.socket.fileno()}"
+            return
+        listening.set_inheritable(True)  # subprocess closes it all the same
         # A signal that comes from now on stays pending, and is for the next program.
         signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         try:
-            os.execv(sys.executable, program())
-        except OSError as error:
-            refuse_reload(f"{sys.executable}: {error.strerror}")
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
-        server.socket.set_inheritable(False)
-        del os.environ[HANDOVER]
+            os.execve(PROGRAM[0], PROGRAM, {**os.environ, HANDOVER: str(listening.fileno())})
+        finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
 
-def serve(options: argparse.Namespace, signals: socket.socket, wake: socket.socket) -> None:
+def serve(options: argparse.Namespace, signals: socket.socket) -> None:
     """Run the daemon until a signal stops it. Raise ScrapyDoError when it cannot start."""
-    rules, is_reloaded = read_rules(options), HANDOVER in os.environ
-    with listen(options) as listening, contextlib.ExitStack() as stack:
-        store = Store(Path(os.path.realpath(options.data_dir)))
-        stack.callback(store.close)
+    is_reloaded = HANDOVER in os.environ
+    with listen(options) as listening:
+        options.host, options.port = listening.getsockname()[:2]  # after a reload those of before
+        rules = read_rules(options)
         settings = Settings(**{name: getattr(options, name) for name in Settings._fields})
-        daemon = Daemon(store, settings)
-        warn_of_surroundings(options)
-        daemon.start(is_reloaded)
-        server = Server(listening, daemon, rules)
-        host, port = listening.getsockname()[:2]
-        host = f"[{host}]" if ":" in host else host
-        url = f"{'https' if rules.tls else 'http'}://{host}:{port}"
-        log(f"scrapy-do {__version__} listens on {url} and keeps everything in {store.folder}")
-        tell_supervisor("READY=1")
-        serve_until_stopped(daemon, server, signals, wake)
-        tell_supervisor("STOPPING=1")
-        log("stopping: crawls are being ended, their jobs will run again at the next start")
-        listening.close()
-        daemon.close()
-        server.drain(DRAIN_SECONDS)
+        with contextlib.closing(Store(Path(os.path.realpath(options.data_dir)))) as store:
+            warn_of_surroundings(settings.scrapy)
+            daemon = Daemon(store, settings)
+            daemon.start(is_reloaded)
+            server = Server(listening, daemon, rules)
+            host = f"[{options.host}]" if ":" in options.host else options.host
+            url = f"{'https' if rules.tls else 'http'}://{host}:{options.port}"
+            log(f"scrapy-do {__version__} listens on {url} and keeps everything in {store.folder}")
+            tell_supervisor("READY=1")
+
+            while not {signal.SIGTERM, signal.SIGINT} & set(server.serve_until(signals)):
+                reload(daemon, server, signals)
+
+            tell_supervisor("STOPPING=1")
+            log("stopping: crawls are being ended, their jobs will run again at the next start")
+            listening.close()
+            daemon.close()
+            server.drain(DRAIN_SECONDS)
 
 
-def serve_until_stopped(
-    daemon: Daemon, server: Server, signals: socket.socket, wake: socket.socket
-) -> None:
-    """Serve, and reload when asked to, until a signal says to stop."""
-    while not {signal.SIGTERM, signal.SIGINT} & set(numbers := server.serve_until(signals)):
-        if signal.SIGHUP in numbers:
-            threading.Thread(target=check_program, args=(wake,), daemon=True).start()
-        if IS_CHECKED in numbers:
-            reexec(daemon, server, signals)
+def prepare_process() -> socket.socket:
+    """Put right what a process may inherit, and return a socket that gets a byte for each signal.
 
-
-def prepare_process() -> None:
-    """Put right what a process may inherit, and what a daemon wants of the kernel."""
+    A handler runs between two steps of the interpreter only, and might come too late to end a
+    wait; see signal.set_wakeup_fd.
+    """
     # A file that is opened while a standard stream is closed would become that stream.
     while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
         pass
     os.close(descriptor)
-    # While SIGCHLD is ignored, the kernel keeps no exit codes of crawls.
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # if ignored, the kernel keeps no exit codes
     with contextlib.suppress(OSError, AttributeError, ImportError):
         import ctypes
 
         ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER, see prctl(2)
-    sys.setswitchinterval(SWITCH_SECONDS)
+    sys.setswitchinterval(0.001)  # after which a busy thread lets others go on, instead of 5 ms
+
+    signals, wake = socket.socketpair()
+    wake.setblocking(False)
+    signal.set_wakeup_fd(wake.detach(), warn_on_full_buffer=False)
+    for number in SIGNALS:
+        if number == signal.SIGHUP and signal.getsignal(number) is signal.SIG_IGN:
+            log("SIGHUP is ignored, as nohup has it, so it does not reload")
+        else:
+            signal.signal(number, lambda number, frame: None)  # SIG_IGN would be inherited
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())  # the parent, or `reexec`, may block some
+    return signals
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line; return 0 when told to stop, 1 when the daemon cannot start.
-
-    A signal writes a byte to a socket, see signal.set_wakeup_fd: a handler runs between two steps
-    of the interpreter only, and might come just too late to end a wait.
-    """
+    """Run the command line; return 0 when told to stop, 1 when the daemon cannot start."""
     options = parse_options(argv)
     try:
         if options.version:  # with all the files read, since `check_program` asks for that
             read_rules(options)
             print(f"scrapy-do {__version__}")
-            return 0
-        prepare_process()
-        signals, wake = socket.socketpair()
-        wake.setblocking(False)
-        signal.set_wakeup_fd(wake.fileno(), warn_on_full_buffer=False)
-        for number in SIGNALS:
-            if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
-                signal.signal(number, lambda number, frame: None)  # SIG_IGN would be inherited
-        signal.pthread_sigmask(signal.SIG_SETMASK, ())  # the parent, or `reexec`, may block some
-        serve(options, signals, wake)
+        else:
+            serve(options, prepare_process())
     except ScrapyDoError as error:
         print(f"scrapy-do: {error}", file=sys.stderr)
         return 1

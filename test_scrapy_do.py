@@ -4552,7 +4552,7 @@ def exposed_certificate(tmp_path):
 
 
 def test_a_program_that_cannot_be_executed_changes_nothing(wrapped, tmp_path):
-    refuse = "def refuse(*args):\n    raise OSError(12, os.strerror(12))\nos.execv = refuse"
+    refuse = "def refuse(*args):\n    raise OSError(12, os.strerror(12))\nos.execve = refuse"
     site = wrapped(refuse, "--kill-after", "0.3")
     site.push(hold=HOLD)
     job = site.schedule("hold")
@@ -4591,9 +4591,11 @@ def test_a_reload_lets_nobody_in_without_a_password(outside, tmp_path):
     (tmp_path / "options").write_text(f"--host\n0.0.0.0\n--auth-file\n{tmp_path}/users\n")
     site = outside("@options")
     assert site.call("GET", "/status.json")[0] == 401
-    (tmp_path / "options").write_text("--host\n0.0.0.0\n")
-    site.process.send_signal(signal.SIGHUP)
-    said(site, "name users by --auth-file")
+    for number, options in enumerate(("--host\n0.0.0.0\n", ""), 1):  # it goes on to listen there
+        (tmp_path / "options").write_text(options)
+        site.process.send_signal(signal.SIGHUP)
+        wait_for(lambda number=number: site.log_path.read_text().count("name users by --auth-file") == number)
+    assert site.call("GET", "/status.json")[0] == 401
 
 
 def test_a_crash_after_a_reload_is_like_any_other(outside, tmp_path):
