@@ -1719,16 +1719,17 @@ class Daemon:
 
     def list_jobs(
         self, id: str | None = None, status: str | None = None, project: str | None = None,
-        spider: str | None = None, scheduled_by: str | None = None, limit: str = "1000000000",
+        spider: str | None = None, scheduled_by: str | None = None, limit: str | None = None,
     ) -> dict[str, Any]:  # fmt: skip
         """Return one job by its `id`, or the jobs in a status or group of them, the newest first.
 
         Raise BadRequest for another question, and NotFound when there is no such job.
         """
-        if id is not None and status is project is spider is scheduled_by is None:
-            return {"jobs": [self.find_job(id).view()]}
-        if id is not None or status is None:
+        others = (status, project, spider, scheduled_by, limit)
+        if (id is None) is (status is None) or (id is not None and any(others)):
             raise BadRequest("this needs either id or status, as in list-jobs.json?status=ACTIVE")
+        if id is not None:
+            return {"jobs": [self.find_job(id).view()]}
         groups = {"ACTIVE": ACTIVE, "COMPLETED": COMPLETED, **{s.value: (s,) for s in Status}}
         if status not in groups:
             raise BadRequest(f"there is no such status; use one of {', '.join(groups)}")
@@ -1736,7 +1737,7 @@ class Daemon:
             job for job in self._select(groups[status], project, spider)
             if scheduled_by in (None, job.scheduled_by)
         ]  # fmt: skip
-        count = checked("limit", parse_whole, limit, 1, 10**9)
+        count = None if limit is None else checked("limit", parse_whole, limit, 1, 10**9)
         return {"jobs": Json(f"[{', '.join(map(job_text, jobs[:count]))}]")}
 
     def cancel(
