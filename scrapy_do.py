@@ -655,13 +655,14 @@ STATE_END = b"\n]}\n"
 SPARE_SECONDS = 0.05  # until a step is tried again for which there was no file descriptor
 
 
-def sync_path(path: Path) -> None:
-    """Make a file, or the names in a folder, durable, see fsync(2)."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def sync(path: Path) -> None:
+    """Make a file and its name durable, see fsync(2)."""
+    for each in (path, path.parent):
+        descriptor = os.open(each, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def file_size(path: Path) -> int:
@@ -765,22 +766,32 @@ class Store:
             self._make_folders()
             # Whatever runs has files there, so the last daemon did not end well.
             self.was_crashed = any(path != self.shim for path in self.work.iterdir())
+            self._write_shim()
         except OSError as error:
             raise StorageError(f"the data folder cannot be used: {error}; see --data-dir") from None
 
     def _make_folders(self) -> None:
         self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         if self.folder.stat().st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-            problem = f"others may write to {self.folder}, and so run code as you"
-            raise StorageError(f"{problem}: run 'chmod go-w {self.folder}'")
+            raise StorageError(
+                f"others may write to {self.folder}, and so run code as you: run"
+                f" 'chmod go-w {self.folder}'"
+            )
         self._lock = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            advice = "stop it, or choose another --data-dir"
-            raise StorageError(f"another scrapy_do uses {self.folder}: {advice}") from None
+            raise StorageError(
+                f"another scrapy_do uses {self.folder}: stop it, or choose another --data-dir"
+            ) from None
         for path in (self.projects, self.logs, self.work, self.spider_data):
             path.mkdir(mode=0o700, exist_ok=True)  # or a link to a folder, made by its owner
+
+    def _write_shim(self) -> None:
+        path = self.shim / f"{SHIM_MODULE}.py"
+        self.shim.mkdir(exist_ok=True)
+        if not path.exists() or path.read_text() != SHIM:  # a crawl may just be reading it
+            path.write_text(SHIM)
 
     def close(self) -> None:
         """Unlock the folder."""
@@ -803,8 +814,10 @@ class Store:
             for fields in itertools.chain(*document["changes"]):
                 apply_record(decode_record(fields), projects, jobs)
         except (OSError, ValueError, TypeError, RecursionError) as error:
-            advice = "nothing was changed; mend the file, or move the whole folder away"
-            raise StorageError(f"{self.state_file} cannot be read: {error}; {advice}") from None
+            raise StorageError(
+                f"{self.state_file} cannot be read: {error}; nothing was changed; mend the file, or"
+                " move the whole folder away"
+            ) from None
         return projects, jobs
 
     def sweep(self, pushes: Iterable[str], jobs: Iterable[str], running: Collection[str]) -> None:
@@ -820,16 +833,6 @@ class Store:
         for path in self.work.iterdir():
             if path != self.shim and path.stem not in running:
                 remove_tree(path)
-
-    def write_shim(self) -> None:
-        """Put the settings module of crawls in its place. Raise StorageError if that fails."""
-        path = self.shim / f"{SHIM_MODULE}.py"
-        try:
-            self.shim.mkdir(exist_ok=True)
-            if not path.exists() or path.read_text() != SHIM:  # a crawl may just be reading it
-                path.write_text(SHIM)
-        except OSError as error:
-            raise StorageError(f"{path} cannot be written: {error}") from None
 
     def archive(self, project: Project) -> Path:
         """Return where a project's archive is kept."""
@@ -882,11 +885,10 @@ class Store:
             file.write(head.encode())
             file.writelines(encode_change([record]) for record in records)
             file.write(STATE_END)
-            file.flush()
-            os.fsync(file.fileno())
             self._size = file.tell()
+        sync(temporary)
         os.replace(temporary, self.state_file)
-        sync_path(self.folder)
+        sync(self.state_file)
         self._most = 2 * self._size + MIB
         self.is_behind = False
 
@@ -904,6 +906,7 @@ def apply_record(record: Record, projects: dict[str, Project], jobs: dict[str, J
 
 # ---- 5. Archives and crawls ------------------------------------------------------------------
 
+PUSH_CALL = "curl -sS .../push-project.json -F archive=@demo.zip"  # as messages advise it
 ARCHIVE_ENTRIES = 10_000
 ARCHIVE_BYTES = 1024 * MIB  # as it comes out
 # Every file of code gets this time when it is unpacked. A crawl shares these files by hard links,
@@ -960,13 +963,12 @@ def explain_archive(archive: Path, problem: str) -> str:
     """Return why an archive cannot be unpacked, by the first bytes of the file too."""
     with open(archive, "rb") as file:
         start = file.read(200)
-    good = "curl -sS .../push-project.json -F archive=@demo.zip"
     if start.startswith(b"PK"):
         return f"the zip file is damaged, or cannot be unpacked here: {problem:.300}; zip it anew"
     if len(start) < 200 and start.isascii():
-        return f"the archive is the text {quoted(start.decode())}; files go only with @: {good}"
+        return f"the archive is the text {quoted(start.decode())}; files go with @: {PUSH_CALL}"
     what = "a gzip file (tar.gz?)" if start.startswith(b"\x1f\x8b") else "not a zip file"
-    return f"the archive is {what}; make a zip, 'git archive -o demo.zip HEAD', and {good}"
+    return f"the archive is {what}; make a zip, 'git archive -o demo.zip HEAD', and {PUSH_CALL}"
 
 
 def read_config(push: str, folder: Path, names: Collection[str]) -> Project:
@@ -998,8 +1000,10 @@ def deploy_name(config: Any) -> str:
         raise BadRequest(f"scrapy.cfg names {listed}; add [deploy] with 'project = NAME'")
     [name] = names
     if not NAME_PATTERN.fullmatch(name):
-        rules = "use letters, digits, '_', '-' and '.', at most 100, the first not '.' or '-'"
-        raise BadRequest(f"the project cannot be called {quoted(name)}: {rules}")
+        raise BadRequest(
+            f"the project cannot be called {quoted(name)}: use letters, digits, '_', '-' and '.',"
+            " at most 100, the first not '.' or '-'"
+        )
     return name
 
 
@@ -1183,12 +1187,6 @@ def missing_module_cure(command: Sequence[str], errors: str, work: Path) -> str:
     has_list = found[-1] != "scrapy" and (work / "requirements.txt").exists()
     what = "-r requirements.txt" if has_list else found[-1]
     return f"install what is missing: {pip} install {what}"
-
-
-def sync_upload(path: Path) -> None:
-    """Make an uploaded archive durable, name and all."""
-    sync_path(path)
-    sync_path(path.parent)
 
 
 def end_processes(find: Callable[[], list[psutil.Process]], kill_at: float) -> bool:
@@ -1406,7 +1404,6 @@ class Daemon:
             find = functools.partial(find_strays, self.store.spider_data, adopted)
             end_processes(find, time.monotonic())
         self.store.sweep([project.push for project in projects.values()], jobs, adopted)
-        self.store.write_shim()
         with self.lock:
             self.projects.update(projects)
             left = [job for job in jobs.values() if job.identifier not in adopted]
@@ -1562,12 +1559,14 @@ class Daemon:
             project = unpack(archive, tree)
             found = self._list(project)
             project = project._replace(spiders=tuple(found["spiders"]))
-            sync_upload(archive)
+            sync(archive)
             with self.lock:
                 active = self._select(ACTIVE, project.name)
                 if stranded := [job for job in active if job.spider not in project.spiders]:
-                    problem = "the new code lacks spiders of active jobs; cancel them first"
-                    raise Conflict(f"{problem}: {name_jobs(stranded)}")
+                    raise Conflict(
+                        "the new code lacks spiders of active jobs; cancel them first: "
+                        + name_jobs(stranded)
+                    )
                 former = self.projects.get(project.name)
                 self.save(project)
         except BaseException:
@@ -1591,8 +1590,10 @@ class Daemon:
         with self.lock:
             project = self.find_project(name)
             if active := self._select(ACTIVE, name):
-                advice = f"cancel-job.json with project={name} cancels all"
-                raise Conflict(f"{quoted(name)} has active jobs, {advice}: {name_jobs(active)}")
+                raise Conflict(
+                    f"{quoted(name)} has active jobs, cancel-job.json with project={name} cancels"
+                    f" all: {name_jobs(active)}"
+                )
             self.save(Gone("", name))
         log(f"project {name} was removed")
         self._discard(project)
@@ -1641,8 +1642,7 @@ class Daemon:
             if self.is_closing:
                 raise Unavailable("the daemon is stopping; push again when it has been started")
             if is_late:
-                limit = f"{self.settings.list_timeout:g} s"
-                raise BadRequest(f"'scrapy list' did not end within {limit}; see --list-timeout")
+                raise BadRequest("'scrapy list' took too long; see --list-timeout")
             output, errors = (path.read_text("utf-8", "replace") for path in logs)
             if exit_code != 0:
                 raise BadRequest(explain_list_error(command, errors or output, folder))
@@ -1694,16 +1694,18 @@ class Daemon:
             return list(known)
         wrong = [name for name in names if name not in known]
         if wrong:
-            advice = f"list-spiders.json?project={project} shows the {len(known)} there are"
-            raise unknown("spider", wrong[0], known, advice)
+            call = f"list-spiders.json?project={project}"
+            raise unknown("spider", wrong[0], known, f"{call} shows the {len(known)} there are")
         return list(dict.fromkeys(names))
 
     def find_job(self, identifier: str) -> Job:
         """Return a job. Raise NotFound when there is none of that identifier."""
         job = self.jobs.get(identifier)
         if job is None:
-            advice = "list-jobs.json?status=COMPLETED shows those that --completed-cap keeps"
-            raise NotFound(f"there is no job {quoted(identifier)} (any more); {advice}")
+            raise NotFound(
+                f"there is no job {quoted(identifier)} (any more);"
+                " list-jobs.json?status=COMPLETED shows those that --completed-cap keeps"
+            )
         return job
 
     def _select(
@@ -1792,8 +1794,10 @@ class Daemon:
     def log_path(self, identifier: str, stream: str) -> Path:
         """Return the file with the output of a job, which may not exist yet."""
         if self.find_job(identifier).status is Status.SCHEDULED:
-            runs = f"list-jobs.json?status=COMPLETED&scheduled_by={identifier}"
-            raise NotFound(f"a schedule has no log, its runs have; {runs} lists them")
+            raise NotFound(
+                "a schedule has no log, its runs have;"
+                f" list-jobs.json?status=COMPLETED&scheduled_by={identifier} lists them"
+            )
         return self.store.log_file(identifier, stream)
 
     def is_logging(self, identifier: str) -> bool:
@@ -2026,8 +2030,10 @@ class Daemon:
             new = set(os.listdir(work / project.folder)) - {*known, "__pycache__"}
             if new:
                 names = ", ".join(sorted(map(quoted, new))[:5])
-                cure = "write to $SPIDER_DATA_DIR instead, see 'Where results go' in the README"
-                log(f"job {job.identifier} left {names} in its working copy, now deleted; {cure}")
+                log(
+                    f"job {job.identifier} left {names} in its working copy, now deleted; write to"
+                    " $SPIDER_DATA_DIR instead, see 'Where results go' in the README"
+                )
 
     def _ended(self, job: Job, exit_code: int | None, was_killed: bool) -> Job:
         """Return a RUNNING job as it is after its end; an exit code of None stands for a crash."""
@@ -2199,7 +2205,6 @@ PERCENTS = re.compile(rb"(?:%[0-9A-Fa-f]{2})+")
 BYTE_RANGE = re.compile(r"bytes=([0-9]{0,18})-([0-9]{0,18})", re.ASCII)
 LOG_PATH = re.compile(rf"/get-log/data/({JOB_PATTERN.pattern})\.(out|err)")
 LOG_TYPE = "text/plain; charset=utf-8"
-PUSH_CALL = "curl -sS .../push-project.json -F archive=@demo.zip"
 PAGE_HEADERS = [  # nothing from elsewhere, and no frame around it, whose owner could lead a click
     ("Content-Security-Policy", "default-src 'none'; connect-src 'self'; "
      "script-src 'unsafe-inline'; style-src 'unsafe-inline'; base-uri 'none'; "
