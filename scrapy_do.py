@@ -1052,8 +1052,9 @@ class Crawl:
     starts, signals or reaps the command, so that its number is never another process's.
     """
 
-    def __init__(self, identifier: str, pid: int = 0):
+    def __init__(self, identifier: str, job: Job | None = None, pid: int = 0):
         self.identifier = identifier
+        self.job = job  # as it was when it got its slot; None for a listing
         self.pid = pid  # 0 until it is started
         self.began = time.monotonic()
         self.deadline = float("inf")  # by time.monotonic: when the timer ends or kills it
@@ -1304,8 +1305,8 @@ class Settings(NamedTuple):
     on_finish: Strings = ()
 
 
-class Slots:
-    """Say which PENDING job may start: by priority, then in their order, within all limits.
+class Waiting:
+    """The PENDING jobs, which start by priority, then in their order, as soon as all limits allow.
 
     Jobs that count for the same limits wait in a line of their own, so that only the first job of
     each line has to be looked at. Daemon.lock guards it.
@@ -1315,47 +1316,33 @@ class Slots:
         self._settings = settings
         self._numbers = itertools.count()
         self._lines: dict[Any, list[tuple[int, int, Job]]] = {}  # heaps
-        self._taken = Counter[Any]()  # slots by what is limited
 
     def _limits(self, job: Job) -> tuple[tuple[Any, int], ...]:
         """Return what a job counts for, with the limits; runs of one schedule never overlap."""
-        settings = self._settings
         limits = (
-            (("all",), settings.job_slots),
             (("run", job.scheduled_by), 1 if job.scheduled_by else 0),
-            (("project", job.project), settings.project_slots),
-            (("spider", job.project, job.spider), settings.spider_slots),
+            (("project", job.project), self._settings.project_slots),
+            (("spider", job.project, job.spider), self._settings.spider_slots),
         )
         return tuple((key, most) for key, most in limits if most)
 
     def put(self, job: Job) -> None:
-        """Have a job wait for a slot."""
+        """Have a job wait."""
         line = self._lines.setdefault(self._limits(job), [])
         heapq.heappush(line, (-job.priority, next(self._numbers), job))
 
-    def take(self, job: Job) -> None:
-        """Give a slot to a job, whatever the limits are."""
-        self._taken.update(key for key, _ in self._limits(job))
-
-    def free(self, job: Job) -> None:
-        """Take the slot of a job back."""
-        self._taken.subtract(key for key, _ in self._limits(job))
-        self._taken += Counter()  # forgets those at 0
-
-    def pop(self) -> Job | None:
-        """Give a slot to the next job and return it; None when no job may start."""
-        if self._taken[("all",)] >= self._settings.job_slots:
+    def pop(self, running: Collection[Job]) -> Job | None:
+        """Return the next job, beside those that have a slot; None when no job may start."""
+        if len(running) >= self._settings.job_slots:
             return None
-        best = None
-        for limits, line in self._lines.items():
-            if all(self._taken[key] < most for key, most in limits):
-                best = limits if best is None or line[0] < self._lines[best][0] else best
-        if best is None:
+        taken = Counter(key for job in running for key, _ in self._limits(job))
+        free = [line for line in self._lines if all(taken[key] < most for key, most in line)]
+        if not free:
             return None
-        job = heapq.heappop(self._lines[best])[2]
-        if not self._lines[best]:
-            del self._lines[best]
-        self.take(job)
+        first = min(free, key=lambda line: self._lines[line][0])
+        job = heapq.heappop(self._lines[first])[2]
+        if not self._lines[first]:
+            del self._lines[first]
         return job
 
 
@@ -1376,7 +1363,7 @@ class Daemon:
         self.jobs: dict[str, Job] = {}  # by identifier, in the order in which they were made
         self.is_closing = False
         self._code_lock = threading.Lock()  # held by whoever copies or deletes unpacked code
-        self._slots = Slots(settings)
+        self._waiting = Waiting(settings)
         self._crawls: dict[str, Crawl] = {}  # of each job that has a slot, and each `scrapy list`
         self._is_hooking = False  # the command of --on-finish runs, which is not ours to reap
         self._due: list[tuple[float, str]] = []  # heap of schedules; entries may be stale
@@ -1441,9 +1428,8 @@ class Daemon:
         return None
 
     def _adopt(self, job: Job) -> None:
-        crawl = Crawl(job.identifier, job.pid or 0)
+        crawl = Crawl(job.identifier, job, job.pid or 0)
         crawl.began -= max(0.0, time.time() - (job.started or 0.0))
-        self._slots.take(job)
         self._set_deadline(job, crawl)
         self._start_thread(job, crawl)
 
@@ -1515,7 +1501,7 @@ class Daemon:
         if former is not None and former.status is job.status:
             return False
         if job.status is Status.PENDING:
-            self._slots.put(job)
+            self._waiting.put(job)
         elif job.status is Status.RUNNING:
             self._counts["jobs-run"] += 1
         elif job.status in COMPLETED:
@@ -1928,17 +1914,17 @@ class Daemon:
 
     def dispatch(self) -> None:
         """Start the crawls for which there are slots. `lock` is held."""
-        while not self.is_closing and (job := self._slots.pop()):
-            if self.jobs.get(job.identifier) is not job:  # it was canceled while it waited
-                self._slots.free(job)
-                continue
-            try:
-                self._start_thread(job, Crawl(job.identifier))
-            except RuntimeError as error:  # the system has no thread for us; the timer asks again
-                log(f"job {job.identifier} waits: {error}")
-                self._slots.free(job)
-                self._slots.put(job)
+        while not self.is_closing:
+            job = self._waiting.pop([crawl.job for crawl in self._crawls.values() if crawl.job])
+            if job is None:
                 return
+            if self.jobs.get(job.identifier) is job:  # else it was canceled while it waited
+                try:
+                    self._start_thread(job, Crawl(job.identifier, job))
+                except RuntimeError as error:  # the system has no thread; the timer asks again
+                    log(f"job {job.identifier} waits: {error}")
+                    self._waiting.put(job)
+                    return
 
     def _run(self, job: Job, crawl: Crawl) -> None:
         """See to a crawl, from its start unless it was adopted, to its end."""
@@ -1953,7 +1939,6 @@ class Daemon:
         with self.lock:
             self._save_end(job, crawl, read_stats(report), problem)
             del self._crawls[job.identifier]
-            self._slots.free(job)
             self.dispatch()
             self._wake.set()  # finished jobs may be too many, and a stop waits for the last crawl
         crawl.is_over.set()

@@ -2642,7 +2642,7 @@ def waiting(number, spider="quick", priority=0, run_of=None, project="shop"):
 def test_the_job_that_starts_is_always_the_first_that_may(limits):
     """All steps are drawn; what starts is compared with a search through all jobs that wait."""
     draw = random.Random(str(limits))
-    slots = scrapy_do.Slots(scrapy_do.Settings(job_slots=4, **limits))
+    line = scrapy_do.Waiting(scrapy_do.Settings(job_slots=4, **limits))
     queued, held, dropped = [], [], set()
 
     def may_start(job):
@@ -2660,15 +2660,15 @@ def test_the_job_that_starts_is_always_the_first_that_may(limits):
             spider, project, run_of = draw.choice("abc"), draw.choice("pqr"), draw.choice([None, None, "x", "y"])
             job = waiting(number, spider, draw.randrange(-1, 2), run_of, project)
             queued.append(job)
-            slots.put(job)
+            line.put(job)
         elif step < 0.55 and queued:
             dropped.add(queued.pop(draw.randrange(len(queued))))
         elif held:
-            slots.free(held.pop(draw.randrange(len(held))))
+            held.pop(draw.randrange(len(held)))
         while True:
             wanted = max(filter(may_start, queued), key=lambda job: job.priority, default=None)
-            while (job := slots.pop()) in dropped:  # as the daemon does with a job that was canceled
-                slots.free(job)
+            while (job := line.pop(held)) in dropped:
+                pass  # it was canceled
             assert job == wanted
             if wanted is None:
                 break
@@ -2677,21 +2677,19 @@ def test_the_job_that_starts_is_always_the_first_that_may(limits):
 
 
 def test_a_start_does_not_go_through_all_jobs_that_a_limit_holds_back(monkeypatch):
-    slots = scrapy_do.Slots(scrapy_do.Settings(job_slots=3, spider_slots=1))
+    line = scrapy_do.Waiting(scrapy_do.Settings(job_slots=3, spider_slots=1))
     for number in range(10_000):
-        slots.put(waiting(number, "blocked"))
-    first = slots.pop()
-    assert (first.spider, slots.pop()) == ("blocked", None)
+        line.put(waiting(number, "blocked"))
+    first = line.pop([])
+    assert (first.spider, line.pop([first])) == ("blocked", None)
     looks, pop = [], scrapy_do.heapq.heappop
     monkeypatch.setattr(scrapy_do.heapq, "heappop", lambda heap: looks.append(1) or pop(heap))
     for number in range(10_000, 10_100):
         job = waiting(number, f"other{number}")
-        slots.put(job)
-        assert slots.pop() is job
-        assert slots.pop() is None
-        slots.free(job)
-    slots.free(first)
-    assert slots.pop().spider == "blocked"
+        line.put(job)
+        assert line.pop([first]) is job
+        assert line.pop([first, job]) is None
+    assert line.pop([]).spider == "blocked"
     assert len(looks) < 1000  # of 100 starts; a scan would make it a million
 
 
