@@ -1367,7 +1367,6 @@ class Daemon:
         self._crawls: dict[str, Crawl] = {}  # of each job that has a slot, and each `scrapy list`
         self._is_hooking = False  # the command of --on-finish runs, which is not ours to reap
         self._due: list[tuple[float, str]] = []  # heap of schedules; entries may be stale
-        self._statuses = Counter[Status]()  # jobs in each
         self._counts = Counter[str]()  # since the start, for status.json
         self._wake = threading.Event()  # the timer is to look again
         self._notices: queue.SimpleQueue[Job] = queue.SimpleQueue()  # jobs to tell --on-finish of
@@ -1428,15 +1427,15 @@ class Daemon:
         return None
 
     def _adopt(self, job: Job) -> None:
-        crawl = Crawl(job.identifier, job, job.pid or 0)
+        crawl = self._start_thread(job)
         crawl.began -= max(0.0, time.time() - (job.started or 0.0))
         self._set_deadline(job, crawl)
-        self._start_thread(job, crawl)
 
-    def _start_thread(self, job: Job, crawl: Crawl) -> None:
-        name = f"crawl-{job.identifier}"
+    def _start_thread(self, job: Job) -> Crawl:
+        crawl, name = Crawl(job.identifier, job, job.pid or 0), f"crawl-{job.identifier}"
         threading.Thread(target=self._run, args=(job, crawl), name=name, daemon=True).start()
         self._crawls[job.identifier] = crawl
+        return crawl
 
     def close(self) -> None:
         """End all crawls, whose jobs become PENDING again, save the state, and end all threads."""
@@ -1490,11 +1489,8 @@ class Daemon:
         job = record if isinstance(record, Job) else None
         former = None if isinstance(record, Project) else self.jobs.get(record.identifier)
         apply_record(record, self.projects, self.jobs)
-        if former is not None:
-            self._statuses[former.status] -= 1
         if job is None:
             return False
-        self._statuses[job.status] += 1
         if job.due is not None and (former is None or former.due != job.due):
             heapq.heappush(self._due, (job.due, job.identifier))
             self._wake.set()
@@ -1796,6 +1792,7 @@ class Daemon:
         projects, now = list(self.projects.values()), time.monotonic()
         (cpu, instant), self._cpu_mark = self._cpu_mark, (time.process_time(), now)
         share = (self._cpu_mark[0] - cpu) / max(1e-6, now - instant)
+        statuses = Counter(job.status for job in list(self.jobs.values()))
         counted = ("jobs-run", "jobs-successful", "jobs-failed", "jobs-canceled", "runs-skipped")
         return {
             "memory-usage": memory_usage(int(10 * now)),
@@ -1805,7 +1802,7 @@ class Daemon:
             "hostname": socket.gethostname(),
             "uptime": describe_seconds(now - self._began),
             **{name: self._counts[name] for name in counted},
-            **{f"jobs-{status.value.lower()}": self._statuses[status] for status in ACTIVE},
+            **{f"jobs-{status.value.lower()}": statuses[status] for status in ACTIVE},
             "projects": len(projects),
             "spiders": sum(len(project.spiders) for project in projects),
             "daemon-version": __version__,
@@ -1873,7 +1870,7 @@ class Daemon:
 
     def _fire(self, now: float) -> None:
         """Make the runs of schedules that are due, though not too many at once."""
-        if len(self._due) > STALE_COUNT + 2 * self._statuses[Status.SCHEDULED]:
+        if len(self._due) > STALE_COUNT + 2 * len(self.jobs):
             scheduled = self._select([Status.SCHEDULED])
             self._due = [(job.due, job.identifier) for job in scheduled if job.due is not None]
             heapq.heapify(self._due)
@@ -1920,7 +1917,7 @@ class Daemon:
                 return
             if self.jobs.get(job.identifier) is job:  # else it was canceled while it waited
                 try:
-                    self._start_thread(job, Crawl(job.identifier, job))
+                    self._start_thread(job)
                 except RuntimeError as error:  # the system has no thread; the timer asks again
                     log(f"job {job.identifier} waits: {error}")
                     self._waiting.put(job)
