@@ -64,7 +64,7 @@ import sys
 import threading
 import time
 from bisect import bisect_left
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from enum import Enum
 from pathlib import Path
@@ -2506,8 +2506,7 @@ def memory_usage(tenth: int) -> float:
 
 # ---- 7. HTTP ---------------------------------------------------------------------------------
 
-HEAD_BYTES = 64 * 1024  # the longest headers together
-URL_BYTES = 8 * 1024  # the longest request line; others have this limit as well
+LINE_BYTES = 8 * 1024  # the longest line of a request's head; others have this limit as well
 HEADERS_COUNT = 100
 FIELDS_COUNT = 1000  # of a form; a crawl's command has no room for more
 BODY_BYTES_PER_SECOND = 10 * 1024  # the least rate of an upload: a slow telephone's
@@ -2519,10 +2518,8 @@ PENALTY_SECONDS = 1.0  # before a wrong password is answered: slow guessing down
 NONCE_SECONDS = 300  # until there is another Digest nonce; clients fetch it by themselves
 NONCE_USES = 10_000  # until there is another: each use is remembered
 TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"  # RFC 9110, section 5.6.2
-REQUEST_LINE = re.compile(rb"(%s) ([!-~\x80-\xff]+) HTTP/1\.([0-9])\r\n" % TOKEN)
+REQUEST_LINE = re.compile(rb"(%s) (/[!-~\x80-\xff]*) HTTP/1\.([0-9])\r\n" % TOKEN)
 HEADER_LINE = re.compile(rb"(%s):([^\0\r\n]*)\r\n" % TOKEN)
-SINGLE_HEADERS = ("host", "content-length", "content-type", "transfer-encoding", "authorization")
-ABSOLUTE_TARGET = re.compile(r"https?://([^/?]*)", re.IGNORECASE)
 HOST = re.compile(r"(\[[0-9a-f:.]+\]|[^:\[\]]+)(?::[0-9]{1,5})?")
 CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;[^\0\r\n]*)?\r\n")
 PARAMETER = re.compile(r'(?<![\w*-])([\w-]+)=(?:"((?:[^"\\]|\\.)*)"|([^\s,;"]*))', re.ASCII)
@@ -2567,7 +2564,7 @@ class Tls:
             context.load_cert_chain(*self._files, lambda: password)
         except (OSError, ValueError) as error:
             files = ", ".join(dict.fromkeys(str(path) for path in (*self._files, file) if path))
-            raise ScrapyDoError(f"the certificate in {files} cannot be used: {error}") from None
+            raise ScrapyDoError(f"the certificate cannot be used: {error}; check {files}") from None
         self._context = context
 
     def wrap(self, connection: socket.socket) -> socket.socket:
@@ -2633,7 +2630,11 @@ def digest_of(algorithm: str, *texts: str) -> str:
 
 
 class Guard:
-    """Refuse what a foreign web page asks a browser for, and who lacks a password."""
+    """Refuse what a foreign web page asks a browser for, and who lacks a password.
+
+    For Digest there are two nonces, each with the proofs of a password that have come with it: who
+    listens to a request can so not send it again, or another body with its header.
+    """
 
     def __init__(self, rules: Rules):
         name = socket.gethostname().lower()
@@ -2641,26 +2642,26 @@ class Guard:
         self._names = {"localhost", name, name.partition(".")[0]}
         self._names |= {host.partition(":")[0] for host in self._aliases}
         self._users, self._is_tls = rules.users, rules.tls is not None
-        self._lock = threading.Lock()  # for the nonces
-        self._renewed = -math.inf  # when the newest was made
-        # The newest two, each with the responses that have proved a password: who listens to a
-        # request can so not send it again, or another body with its header.
-        self._nonces: deque[tuple[str, set[str]]] = deque(maxlen=2)
+        self._nonces: dict[str, dict[str, object]] = {os.urandom(16).hex(): {}}
+        self._renewed = time.monotonic()  # when the newest was made
 
     def check(self, request: Handler) -> None:
         """Raise ScrapyDoError if a request is refused."""
         host = request.headers.get("host", "localhost").lower()  # only HTTP/1.0 may lack it
-        match = HOST.fullmatch(host)
-        if match is None or not self._is_own(match[1].removesuffix(".")):
-            advice = "if it should be, start with --allow-host NAME"
-            raise Forbidden(f"{quoted(host)} is not a name of this machine; {advice}")
+        if not self._is_own(host):
+            raise Forbidden(
+                f"{quoted(host)} is not a name of this machine; if it should be, start with"
+                " --allow-host NAME"
+            )
         if request.command not in ("GET", "HEAD"):
             self._check_page(host, request.headers)
         if self._users is not None:
             self._check_user(request, self._users)
 
-    def _is_own(self, name: str) -> bool:
-        """Tell whether it is no foreign name, which may be led to our address."""
+    def _is_own(self, host: str) -> bool:
+        """Tell whether no foreign name, which may be led to our address, can be such a host."""
+        match = HOST.fullmatch(host)
+        name = match[1].removesuffix(".") if match else ""
         family = socket.AF_INET6 if name.startswith("[") else socket.AF_INET
         with contextlib.suppress(OSError):
             return name in self._names or bool(socket.inet_pton(family, name.strip("[]")))
@@ -2672,21 +2673,25 @@ class Guard:
         scheme, _, place = origin.lower().partition("://")
         schemes = ("https",) if self._is_tls else ("https", "http")
         if scheme not in schemes or place not in (host, *self._aliases):
-            advice = "a proxy must keep it ('proxy_set_header Host $http_host' in nginx)"
-            what = f"a page of {quoted(origin)} must not change anything at {quoted(host)}"
-            allow = f"or start with --allow-host {place[:100] or 'NAME'}"
-            raise Forbidden(f"{what}; if the page is the daemon's, {advice}, {allow}")
+            raise Forbidden(
+                f"a page of {quoted(origin)} must not change anything at {quoted(host)}; if the"
+                " page is the daemon's, a proxy must keep it ('proxy_set_header Host $http_host'"
+                f" in nginx), or start with --allow-host {place[:100] or 'NAME'}"
+            )
         if headers.get("sec-fetch-site", "none") not in ("same-origin", "none"):
             raise Forbidden("a web page of another site must not change anything here")
 
     def _check_user(self, request: Handler, users: Mapping[str, str]) -> None:
         """Raise ScrapyDoError unless a user asks, RFC 7616 and RFC 7617."""
+        self._renew_nonce()
         scheme, _, rest = request.headers.get("authorization", "").partition(" ")
         if scheme.lower() == "digest":
             self._check_digest(request, parameters_of(rest), users)
         elif scheme.lower() != "basic" or not self._is_tls:
-            wanted = "a user and a password are wanted here: curl --anyauth -u NAME"
-            raise ScrapyDoError(f"{wanted}; Basic is taken over TLS only", 401, self._challenges())
+            raise ScrapyDoError(
+                "a user and a password are wanted here: curl --anyauth -u NAME; Basic is taken"
+                " over TLS only", 401, self._challenges(),
+            )  # fmt: skip
         elif not is_login(rest, users):
             raise WrongPassword("the user or the password is wrong", None, self._challenges())
 
@@ -2696,43 +2701,35 @@ class Guard:
         """Raise ScrapyDoError unless Digest fields show a password, for this request only."""
         algorithm = ALGORITHMS.get(fields.get("algorithm", "MD5").upper())
         digest = functools.partial(digest_of, algorithm or "md5")
-        uri, nonce = fields.get("uri", ""), fields.get("nonce", "")
-        name = fields.get("username", "").encode("latin-1").decode("utf-8", "replace")
+        names = ("uri", "response", "nonce", "nc", "cnonce", "qop")
+        uri, given, nonce, *counted = (fields.get(name, "") for name in names)
+        user = fields.get("username", "").encode("latin-1").decode("utf-8", "replace")
         # A user who does not exist costs the same time as one who does.
-        known = digest(name, "scrapy-do", users.get(name, os.urandom(9).hex()))
-        counted = [fields.get(field, "") for field in ("nc", "cnonce", "qop")]
+        known = digest(user, "scrapy-do", users.get(user, os.urandom(9).hex()))
         proof = digest(known, nonce, *counted, digest(request.command, uri))
-        given = fields.get("response", "").lower().encode()
-        if algorithm is None or not hmac.compare_digest(given, proof.encode()):
+        if not algorithm or not hmac.compare_digest(given.lower().encode(), proof.encode()):
             raise WrongPassword("the user or the password is wrong", None, self._challenges())
-        if not self._is_first(nonce, proof):
-            message = "the nonce is too old, or this request has come before; ask again"
-            raise ScrapyDoError(message, 401, self._challenges(", stale=true"))
+        use, uses = object(), self._nonces.get(nonce, {proof: None})
+        if uses.setdefault(proof, use) is not use:  # atomic, so one of two at once is the first
+            raise ScrapyDoError(
+                "the nonce is too old, or this request has come before; ask again", 401,
+                self._challenges(", stale=true"),
+            )  # fmt: skip
         if uri != request.path:
-            differ = f"Digest is for {quoted(uri)}, not {quoted(request.path)}"
-            advice = "let the proxy keep the path, or check the passwords itself"
-            raise BadRequest(f"{differ}: a proxy has changed the path; {advice}")
+            raise BadRequest(
+                f"Digest is for {quoted(uri)}, not {quoted(request.path)}: a proxy has changed"
+                " the path; let the proxy keep the path, or check the passwords itself"
+            )
 
-    def _is_first(self, nonce: str, proof: str) -> bool:
-        """Note a proof; False if it came before, or its nonce is too old or not ours."""
-        self._newest_nonce()
-        with self._lock:
-            proofs = dict(self._nonces).get(nonce, {proof})
-            is_first = proof not in proofs
-            proofs.add(proof)
-        return is_first
-
-    def _newest_nonce(self) -> str:
-        """Return the nonce for a challenge. The one before it is still taken."""
-        with self._lock:
-            now = time.monotonic()
-            if now - self._renewed >= NONCE_SECONDS or len(self._nonces[-1][1]) >= NONCE_USES:
-                self._nonces.append((os.urandom(16).hex(), set()))
-                self._renewed = now
-            return self._nonces[-1][0]
+    def _renew_nonce(self) -> None:
+        """Make another nonce at times. The one before it is still taken, older ones are not."""
+        newest, uses = list(self._nonces.items())[-1]
+        if time.monotonic() - self._renewed >= NONCE_SECONDS or len(uses) >= NONCE_USES:
+            self._nonces = {newest: uses, os.urandom(16).hex(): {}}
+            self._renewed = time.monotonic()
 
     def _challenges(self, more: str = "") -> Headers:
-        start = f'Digest realm="scrapy-do", nonce="{self._newest_nonce()}", qop="auth"'
+        start = f'Digest realm="scrapy-do", nonce="{list(self._nonces)[-1]}", qop="auth"'
         ways = [f"{start}, charset=UTF-8{more}, algorithm={name}" for name in ALGORITHMS]
         ways += ['Basic realm="scrapy-do", charset="UTF-8"'] * self._is_tls
         return [("WWW-Authenticate", way) for way in ways]
@@ -2759,6 +2756,7 @@ MARK_BYTES = 1024  # the longest mark between fields
 Field = tuple[str, Iterable[bytes]]  # the name, and the value in pieces
 PERCENTS = re.compile(rb"(?:%[0-9A-Fa-f]{2})+")
 ANDS, EQUALS, BLANK_LINE = re.compile(rb"&+"), re.compile(rb"="), re.compile(rb"\r\n\r\n")
+AMPERSAND_HINT = "with curl, a '&' or '+' within a value needs --data-urlencode"
 FORM_TYPE = "application/x-www-form-urlencoded"
 # What sends itself as a form by curl -d, but is none: how it begins, what it is, the cure.
 NO_FORMS = (
@@ -2841,8 +2839,10 @@ def multipart_fields(data: Any, boundary: str) -> Iterator[Field]:
         end, at = find(mark, data, value, len(data))
         yield name, pieces(data, value, end)
     if end == len(data):
-        advice = "was it cut short, or does its Content-Type lack the boundary?"
-        raise BadRequest(f"the multipart body has no last boundary: {advice}")
+        raise BadRequest(
+            "the multipart body has no last boundary: was it cut short, or does its Content-Type"
+            " lack the boundary?"
+        )
 
 
 def json_fields(data: bytes, repeatable: Collection[str]) -> Iterator[Field]:
@@ -2862,12 +2862,10 @@ def json_fields(data: bytes, repeatable: Collection[str]) -> Iterator[Field]:
 
 def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Return a JSON object. Raise BadRequest for twins, one of which would be lost."""
-    members: dict[str, Any] = {}
-    for name, value in pairs:
-        if name in members:
-            raise BadRequest(f"the JSON body has the parameter {quoted(name)} twice")
-        members[name] = value
-    return members
+    if len(dict(pairs)) < len(pairs):
+        twin, _ = Counter(name for name, _ in pairs).most_common(1)[0]
+        raise BadRequest(f"the parameter {quoted(twin)} is given twice; use a list for several")
+    return dict(pairs)
 
 
 def body_fields(data: Any, headers: Mapping[str, str], route: Route) -> Iterator[Field]:
@@ -2879,8 +2877,10 @@ def body_fields(data: Any, headers: Mapping[str, str], route: Route) -> Iterator
     if kind == "multipart/form-data":
         return multipart_fields(data, parameters_of(rest).get("boundary", ""))
     if kind != FORM_TYPE:
-        advice = f"send a form (curl -F or -d) or JSON (curl --json), as in {PUSH_CALL}"
-        raise ScrapyDoError(f"a body of type {quoted(kind)} is not understood; {advice}", 415)
+        raise ScrapyDoError(
+            f"a body of type {quoted(kind)} is not understood; send a form (curl -F or -d) or JSON"
+            f" (curl --json), as in {PUSH_CALL}", 415,
+        )  # fmt: skip
     for magic, what in NO_FORMS:
         if data[:100].lstrip().startswith(magic):
             raise BadRequest(f"the body is {what}")
@@ -2897,35 +2897,28 @@ class Route(NamedTuple):
     repeatable: tuple[str, ...] = ()  # of those
     is_post: bool = False
 
-    def explain(self) -> str:
-        """Return which parameters exist."""
-        names = [*self.required, *self.optional]
-        shown = [f"{name} (repeatable)" if name in self.repeatable else name for name in names]
-        return f"its parameters are {', '.join(shown)}" if shown else "it has no parameters"
-
     def check(self, fields: Iterable[Field]) -> dict[str, Any]:
         """Return the values by name: texts, a list of them where repeatable, an archive in pieces.
 
         Raise ScrapyDoError for a field that is missing, unknown, given twice, or not UTF-8.
         """
-        values: dict[str, Any] = {}
+        known, values = self.required + self.optional, dict[str, Any]()
+        shown = [f"{name} (repeatable)" if name in self.repeatable else name for name in known]
+        exist = f"its parameters are {', '.join(shown)}" if shown else "it has no parameters"
         for count, (name, value) in enumerate(fields, 1):
-            what = f"parameter {quoted(name)}"
             if count > FIELDS_COUNT:
                 raise TooLarge(f"a request may have {FIELDS_COUNT} parameters")
-            if name not in self.required + self.optional:
-                meant = closest(name, self.required + self.optional)
-                advice = "with curl, a '&' or '+' within a value needs --data-urlencode"
-                hint = f"did you mean {meant}" if meant else advice
-                raise BadRequest(f"{self.name} has no {what}; {hint}; {self.explain()}")
+            if name not in known:
+                meant = closest(name, known)
+                hint = f"did you mean {meant}" if meant else AMPERSAND_HINT
+                raise BadRequest(f"{self.name} has no parameter {quoted(name)}; {hint}; {exist}")
             if name in values and name not in self.repeatable:
-                raise BadRequest(f"the {what} is given twice; {self.explain()}")
-            kept = value if name == "archive" else as_text(b"".join(value), f"the {what}")
+                raise BadRequest(f"the parameter {quoted(name)} is given twice; {exist}")
+            kept = value if name == "archive" else as_text(b"".join(value), f"parameter '{name}'")
             values[name] = [*values.get(name, ()), kept] if name in self.repeatable else kept
         for name in self.required:
             if name not in values:
-                what = f"{self.name} needs the parameter '{name}'"
-                raise BadRequest(f"{what}; {self.explain()}")
+                raise BadRequest(f"{self.name} needs the parameter '{name}'; {exist}")
         return values
 
 
@@ -2936,31 +2929,29 @@ def read_headers(reader: IO[bytes]) -> dict[str, str]:
     for mail, splits lines at a bare CR and stops at a line that it does not understand.
     """
     headers: dict[str, str] = {}
-    size = 0
-    while (line := reader.readline(HEAD_BYTES)) not in (b"\r\n", b"\n"):
+    while (line := reader.readline(LINE_BYTES)) not in (b"\r\n", b"\n"):
         match = HEADER_LINE.fullmatch(line)
-        size += len(line)
-        if size >= HEAD_BYTES or len(headers) >= HEADERS_COUNT:
+        if len(line) == LINE_BYTES or len(headers) == HEADERS_COUNT:
             raise ScrapyDoError("the headers are too long, or too many", 431)
         if match is None:
             raise BadRequest(f"this is not a header: {quoted(line.decode('latin-1'))}")
         name, value = match[1].decode().lower(), match[2].strip(b" \t").decode("latin-1")
-        if name in headers and name in SINGLE_HEADERS:
-            raise BadRequest(f"the header {name} is given twice")
         headers[name] = f"{headers[name]}, {value}" if name in headers else value
     return headers
 
 
 def body_length(headers: Mapping[str, str]) -> int | None:
     """Return how long a body is, None for a chunked one. Raise ScrapyDoError if it is unclear."""
-    coding, length = headers.get("transfer-encoding"), headers.get("content-length", "0")
-    if coding is not None and "content-length" in headers:
-        raise BadRequest("there are both a Content-Length and a Transfer-Encoding")
-    if coding is not None and coding.lower() != "chunked":
+    coding, length = headers.get("transfer-encoding", "chunked"), headers.get("content-length", "0")
+    if coding.lower() != "chunked":
         raise ScrapyDoError(f"the transfer coding {quoted(coding)} is not known; use chunked", 501)
     if not re.fullmatch("[0-9]{1,18}", length):
         raise BadRequest(f"the Content-Length {quoted(length)} is not a number")
-    return int(length) if coding is None else None
+    if "transfer-encoding" not in headers:
+        return int(length)
+    if "content-length" in headers:
+        raise BadRequest("there are both a Content-Length and a Transfer-Encoding")
+    return None
 
 
 def list_jobs(daemon: Daemon, **form: str) -> dict[str, Any]:
@@ -2970,8 +2961,10 @@ def list_jobs(daemon: Daemon, **form: str) -> dict[str, Any]:
     groups = {"ACTIVE": ACTIVE, "COMPLETED": COMPLETED, **{s.value: (s,) for s in Status}}
     statuses, limit = groups.get(form.pop("status", "")), form.pop("limit", None)
     if "id" in form or statuses is None:
-        needs = f"list-jobs.json needs either id or status, one of {', '.join(groups)}"
-        raise BadRequest(f"{needs}, as in list-jobs.json?status=ACTIVE")
+        raise BadRequest(
+            f"list-jobs.json needs either id or status, one of {', '.join(groups)}, as in"
+            " list-jobs.json?status=ACTIVE"
+        )
     count = None if limit is None else checked("limit", parse_whole, limit, 1, 10**9)
     return {"jobs": daemon.list_jobs(statuses, **form, limit=count)}
 
@@ -3002,23 +2995,7 @@ ROUTES = {
     )
 }  # fmt: skip
 LOG_ROUTE = Route("get-log", Daemon.status, (), ("follow", "tail"))
-SCRAPYD_ROUTES = {  # which people try here, and the route that does the same
-    "/addversion.json": "/push-project.json", "/daemonstatus.json": "/status.json",
-    "/schedule.json": "/schedule-job.json", "/cancel.json": "/cancel-job.json",
-    "/listjobs.json": "/list-jobs.json?status=ACTIVE", "/listspiders.json": "/list-spiders.json",
-    "/listprojects.json": "/list-projects.json", "/delproject.json": "/remove-project.json",
-}  # fmt: skip
 ROBOTS = b"User-agent: *\nDisallow:\n"  # spiders are tried on the daemon's own status
-
-
-def explain_path(path: str) -> str:
-    """Return what to ask for instead of a path that does not exist."""
-    if path in SCRAPYD_ROUTES:
-        return f"that is a route of scrapyd; here it is {SCRAPYD_ROUTES[path]}"
-    if path.startswith("/get-log/data/"):
-        return "a log is get-log/data/ID.err or ID.out, with the identifier of a job for ID"
-    paths = ", ".join(["/", *ROUTES, "/get-log/data/ID.err"])
-    return f"there is no {quoted(path)}; the paths are {paths}"
 
 
 def tail_start(file: IO[bytes], size: int, lines: int | None) -> int:
@@ -3043,14 +3020,13 @@ class Reader(socket.SocketIO):
 
     def readinto(self, buffer: Any) -> int:
         """Read what has arrived; 0 is the end. Raise TimeoutError at the deadline."""
-        size = None
-        if time.monotonic() < self.deadline:
-            try:
-                size = super().readinto(buffer)
-            except TimeoutError:
-                raise
-            except OSError:  # of TLS as well
-                raise ConnectionAbortedError from None
+        if time.monotonic() > self.deadline:
+            raise TimeoutError
+        try:
+            size = super().readinto(buffer)
+        except OSError as error:  # of TLS as well
+            is_late = isinstance(error, TimeoutError)
+            raise TimeoutError if is_late else ConnectionAbortedError from None
         if size is None:  # a timeout of the system
             raise TimeoutError
         return size
@@ -3109,18 +3085,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def parse_request(self) -> bool:
         """Read the head of a request. Raise ScrapyDoError for one that is not sound."""
-        self.command, self.is_old = "", False
-        self.is_read = False  # all of the request
-        if len(self.raw_requestline) > URL_BYTES:
+        self.command, self.is_old, self.is_read = "", False, False
+        if len(self.raw_requestline) > LINE_BYTES:
             raise ScrapyDoError("the address is too long; parameters may go in a POST body", 414)
         match = REQUEST_LINE.fullmatch(self.raw_requestline)
         if match is None:
-            raise BadRequest("this is not a request line of HTTP/1.1")
+            raise BadRequest("this is not a request line of HTTP/1.1, like GET /status.json")
         self.command, self.path = match[1].decode(), match[2].decode("latin-1")
         self.is_old = match[3] == b"0"
         self.headers = read_headers(self.rfile)
-        if absolute := ABSOLUTE_TARGET.match(self.path):  # its host counts, RFC 9112 section 3.2.2
-            self.headers["host"] = absolute[1]
         if not self.is_old and "host" not in self.headers:
             raise BadRequest("the Host header is missing")
         self.length = body_length(self.headers)
@@ -3142,25 +3115,28 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         """Answer a request of any method."""
-        target, _, query = ABSOLUTE_TARGET.sub("", self.path).partition("?")
+        target, _, query = self.path.partition("?")
         path = as_text(decode_percent(target.encode("latin-1")), "the path")
         log_path, route = LOG_PATH.fullmatch(path), ROUTES.get(path)
         if not (route or log_path or path in ("/", "/robots.txt")):
-            raise NotFound(explain_path(path))
+            paths = ", ".join(["/", *ROUTES])
+            log_paths = "/get-log/data/ID.err or .out, where ID is the identifier of a job"
+            raise NotFound(f"there is no {quoted(path)}; the paths are {paths}, and {log_paths}")
         methods = ("POST",) if route and route.is_post else ("GET", "HEAD")
         if self.command not in methods:
-            how = "curl sends a POST with -F or -d, and a GET without them and -X"
-            what = f"{quoted(path)} is asked for by {methods[0]}: {how}"
-            raise ScrapyDoError(what, 405, [("Allow", ", ".join(methods))])
+            raise ScrapyDoError(
+                f"{quoted(path)} is asked for by {methods[0]}; curl sends a POST with -F or -d, and"
+                " a GET without them and -X", 405, [("Allow", ", ".join(methods))],
+            )  # fmt: skip
         if route:
             answer = route.answer(self.server.daemon, **self._parameters(route, query))
-            self._send_json(200, {"status": "ok", **answer})
+            self._send(200, {"status": "ok", **answer})
         elif log_path:
             self._send_log(query, *log_path.groups())
         elif path == "/":
-            self._send(200, "text/html; charset=utf-8", PAGE.encode(), PAGE_HEADERS)
+            self._send(200, PAGE.encode(), "text/html; charset=utf-8", PAGE_HEADERS)
         else:
-            self._send(200, TEXT_TYPE, ROBOTS)
+            self._send(200, ROBOTS, TEXT_TYPE)
 
     do_HEAD = do_POST = do_PUT = do_DELETE = do_PATCH = do_OPTIONS = do_GET
 
@@ -3169,8 +3145,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if not route.is_post:
             return route.check(query_fields(query.encode("latin-1")))
         if query:
-            how = "by curl -F or -d, not in the address"
-            raise BadRequest(f"{route.name} takes its parameters {how}")
+            raise BadRequest(f"{route.name} takes parameters by curl -F or -d, not in the address")
         if "archive" in route.required:
             return {"upload": self._save_archive(route)}
         body = io.BytesIO()
@@ -3208,8 +3183,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             left = self._next_chunk() if self.length is None else self.length
             while left:
                 if file.tell() + left > most:
-                    advice = "; see --max-upload" if most != BODY_BYTES else ""
-                    raise TooLarge(f"the body is longer than {most // MIB} MiB{advice}")
+                    raise TooLarge(f"the body is longer than {most // MIB} MiB (--max-upload, of archives)")
                 piece = self.rfile.read1(min(left, CHUNK_BYTES))
                 if not piece:
                     raise ConnectionAbortedError
@@ -3241,29 +3215,28 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if isinstance(error, WrongPassword) or error.status != 401:  # a challenge is no event
             what = f"{self.command} {self.path:.100}" if self.command else "a request"
             log(f"{what} from {self.client_address[0]} got {error.status}: {error!s:.300}")
-        self._send_json(error.status, {"status": "error", "msg": str(error)}, error.headers)
-
-    def _send_json(self, status: int, answer: dict[str, Any], headers: Headers = ()) -> None:
-        data = (encode_answer(answer) + "\n").encode("utf-8", "backslashreplace")
-        self._send(status, "application/json", data, headers)
+        self._send(error.status, {"status": "error", "msg": str(error)}, headers=error.headers)
 
     def _send(
-        self, status: int, kind: str, data: bytes, headers: Headers = (), framing: str = ""
-    ) -> None:
-        """Send the head of an answer with all of its body, or the first piece.
+        self, status: int, answer: Mapping[str, Any] | bytes, kind: str = "application/json",
+        headers: Headers = (), framing: str = "",
+    ) -> None:  # fmt: skip
+        """Send the head of an answer with all of its body, or with none.
 
-        `framing` is the header that says where the body ends, by default with `data`.
+        `framing` is the header that says where the body ends, by default with `answer`.
         """
+        if not isinstance(answer, bytes):
+            answer = (encode_answer(answer) + "\n").encode("utf-8", "backslashreplace")
         self.close_connection = self.close_connection or not self.is_read
         lines = [
             f"HTTP/1.1 {status} {self.responses[status][0]}", f"Content-Type: {kind}",
-            framing or f"Content-Length: {len(data)}", f"Date: {self.date_time_string()}",
+            framing or f"Content-Length: {len(answer)}", f"Date: {self.date_time_string()}",
             "Cache-Control: no-store", "X-Content-Type-Options: nosniff",
             f"Connection: {'close' if self.close_connection else 'keep-alive'}",
             *(f"{name}: {value}" for name, value in headers), "\r\n",
         ]  # fmt: skip
         head = "\r\n".join(lines).encode("latin-1", "replace")
-        self._write(head if self.command == "HEAD" else head + data)
+        self._write(head if self.command == "HEAD" else head + answer)
 
     def _write(self, data: bytes) -> None:
         try:
@@ -3310,7 +3283,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 raise ScrapyDoError(f"the log has {size} bytes; nothing is there", 416, headers)
             status = 206
             headers.append(("Content-Range", f"bytes {start}-{end - 1}/{size}"))
-        self._send(status, TEXT_TYPE, b"", headers, f"Content-Length: {end - start}")
+        self._send(status, b"", TEXT_TYPE, headers, f"Content-Length: {end - start}")
         self._copy(file, start, end, self._write)
 
     def _follow(self, path: Path, identifier: str, start: int) -> None:
@@ -3321,7 +3294,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         daemon = self.server.daemon
         self.close_connection = self.close_connection or self.is_old
         framing = "Accept-Ranges: none" if self.is_old else "Transfer-Encoding: chunked"
-        self._send(200, TEXT_TYPE, b"", (), framing)
+        self._send(200, b"", TEXT_TYPE, (), framing)
         while self.command != "HEAD":
             is_over = not daemon.is_logging(identifier)  # asked before the log is read
             with open_log(path) as file:
@@ -3434,8 +3407,7 @@ class Server(http.server.ThreadingHTTPServer):
                 with contextlib.suppress(OSError):
                     first.request.shutdown(socket.SHUT_RDWR)
             elif time.monotonic() > end:
-                advice = "ask again later, or see --max-connections"
-                raise Unavailable(f"too many connections; {advice}")
+                raise Unavailable("too many connections; ask later, or see --max-connections")
             else:
                 time.sleep(RETRY_SECONDS)
 
