@@ -57,8 +57,8 @@ import re
 import select
 import signal
 import socket
+import ssl
 import stat
-import struct
 import subprocess
 import sys
 import threading
@@ -2553,8 +2553,6 @@ class Tls:
         return [os.path.exists(path) and os.stat(path).st_mtime_ns for path in self._files]
 
     def _load(self) -> None:
-        import ssl
-
         self._seen = self._stamps()
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         file = self._password_file
@@ -2668,7 +2666,6 @@ class Guard:
         return False
 
     def _check_page(self, host: str, headers: Mapping[str, str]) -> None:
-        """Raise Forbidden for a change that the page of another site asks for."""
         origin = headers.get("origin", f"https://{host}")
         scheme, _, place = origin.lower().partition("://")
         schemes = ("https",) if self._is_tls else ("https", "http")
@@ -2739,24 +2736,19 @@ def is_login(credentials: str, users: Mapping[str, str]) -> bool:
     """Tell whether Basic credentials are a user's."""
     import base64
 
-    with contextlib.suppress(ValueError):
-        given = base64.b64decode(credentials)
-        known = [f"{name}:{password}".encode() for name, password in users.items()]
-        return any(hmac.compare_digest(given, login) for login in known)
-    return False
+    known = [base64.b64encode(f"{name}:{users[name]}".encode()) for name in users]
+    return any(hmac.compare_digest(credentials.strip().encode(), login) for login in known)
 
 
 # The body with an archive may be large, so it is spooled to a file and mapped into memory. Both
 # bytes and such a file can be searched and sliced, which is done in windows: what has been read of
 # a mapped file counts as memory of the daemon until it is given back.
 
-BODY_BYTES = MIB  # the longest body that is not spooled
-WINDOW_BYTES = MIB
+BODY_BYTES = WINDOW_BYTES = MIB  # the longest body that is not spooled; a window
 MARK_BYTES = 1024  # the longest mark between fields
 Field = tuple[str, Iterable[bytes]]  # the name, and the value in pieces
 PERCENTS = re.compile(rb"(?:%[0-9A-Fa-f]{2})+")
 ANDS, EQUALS, BLANK_LINE = re.compile(rb"&+"), re.compile(rb"="), re.compile(rb"\r\n\r\n")
-AMPERSAND_HINT = "with curl, a '&' or '+' within a value needs --data-urlencode"
 FORM_TYPE = "application/x-www-form-urlencoded"
 # What sends itself as a form by curl -d, but is none: how it begins, what it is, the cure.
 NO_FORMS = (
@@ -2909,8 +2901,9 @@ class Route(NamedTuple):
             if count > FIELDS_COUNT:
                 raise TooLarge(f"a request may have {FIELDS_COUNT} parameters")
             if name not in known:
-                meant = closest(name, known)
-                hint = f"did you mean {meant}" if meant else AMPERSAND_HINT
+                hint = "with curl, a '&' or '+' within a value needs --data-urlencode"
+                if meant := closest(name, known):
+                    hint = f"did you mean {meant}"
                 raise BadRequest(f"{self.name} has no parameter {quoted(name)}; {hint}; {exist}")
             if name in values and name not in self.repeatable:
                 raise BadRequest(f"the parameter {quoted(name)} is given twice; {exist}")
@@ -2942,15 +2935,13 @@ def read_headers(reader: IO[bytes]) -> dict[str, str]:
 
 def body_length(headers: Mapping[str, str]) -> int | None:
     """Return how long a body is, None for a chunked one. Raise ScrapyDoError if it is unclear."""
-    coding, length = headers.get("transfer-encoding", "chunked"), headers.get("content-length", "0")
+    coding, length = headers.get("transfer-encoding"), headers.get("content-length", "0")
+    if coding is None and re.fullmatch("[0-9]{1,18}", length):
+        return int(length)
+    if coding is None or "content-length" in headers:
+        raise BadRequest("the Content-Length is not one number, or beside a Transfer-Encoding")
     if coding.lower() != "chunked":
         raise ScrapyDoError(f"the transfer coding {quoted(coding)} is not known; use chunked", 501)
-    if not re.fullmatch("[0-9]{1,18}", length):
-        raise BadRequest(f"the Content-Length {quoted(length)} is not a number")
-    if "transfer-encoding" not in headers:
-        return int(length)
-    if "content-length" in headers:
-        raise BadRequest("there are both a Content-Length and a Transfer-Encoding")
     return None
 
 
@@ -2995,7 +2986,6 @@ ROUTES = {
     )
 }  # fmt: skip
 LOG_ROUTE = Route("get-log", Daemon.status, (), ("follow", "tail"))
-ROBOTS = b"User-agent: *\nDisallow:\n"  # spiders are tried on the daemon's own status
 
 
 def tail_start(file: IO[bytes], size: int, lines: int | None) -> int:
@@ -3018,52 +3008,43 @@ class Reader(socket.SocketIO):
 
     deadline = 0.0  # on the monotonic clock
 
-    def readinto(self, buffer: Any) -> int:
+    def readinto(self, buffer: Any) -> int | None:
         """Read what has arrived; 0 is the end. Raise TimeoutError at the deadline."""
         if time.monotonic() > self.deadline:
             raise TimeoutError
-        try:
-            size = super().readinto(buffer)
-        except OSError as error:  # of TLS as well
-            is_late = isinstance(error, TimeoutError)
-            raise TimeoutError if is_late else ConnectionAbortedError from None
-        if size is None:  # a timeout of the system
-            raise TimeoutError
-        return size
+        return super().readinto(buffer)
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
     """Answer the requests of a connection, one after another, in a thread of its own.
 
-    A ConnectionError ends it: the client has gone, or must see that its answer is cut.
+    An OSError of the connection ends it, ConnectionAbortedError cuts the answer for all to see.
     """
 
+    disable_nagle_algorithm = True
     server: Server
     headers: Any  # a dictionary by lower-case name
-    rfile: Any  # io.BufferedReader
     raw_requestline: bytes  # as http.server has read it
-    protocol_version = "HTTP/1.1"
 
     def setup(self) -> None:
-        """Begin a connection, see socketserver.BaseRequestHandler."""
+        """Begin a connection, see socketserver.StreamRequestHandler."""
+        super().setup()
+        self.request.settimeout(self.server.rules.request_timeout)
         self.reader = Reader(self.request, "r")
-        self.rfile = io.BufferedReader(self.reader, CHUNK_BYTES)
-        self.wfile = io.BytesIO()  # http.server flushes it; answers are sent by `_write`
+        self.rfile: io.BufferedReader = io.BufferedReader(self.reader, CHUNK_BYTES)
         self.command = ""  # of the latest request
         self.is_known = self.server.rules.users is None  # or has shown a password
         self.idle_since = time.monotonic()  # infinite while a request is being answered
-        if self.server.rules.tls:  # it ignores the timeout that connections inherit
-            self.request.settimeout(self.server.rules.request_timeout)
         self.server.connections[self.request] = self
 
     def finish(self) -> None:
         """End a connection. A reset would take the last answer along, so read on for a moment."""
+        end = time.monotonic() + LINGER_SECONDS
         with contextlib.suppress(OSError):
             if not self.is_read:
                 self.request.shutdown(socket.SHUT_WR)
                 self.request.settimeout(LINGER_SECONDS)
-                self.reader.deadline = time.monotonic() + LINGER_SECONDS
-                while self.rfile.read1(CHUNK_BYTES):
+                while time.monotonic() < end and self.request.recv(CHUNK_BYTES):
                     pass
 
     def handle_one_request(self) -> None:
@@ -3075,7 +3056,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             super().handle_one_request()
         except ScrapyDoError as error:
             self._refuse(error)
-        except ConnectionError:
+        except (ConnectionError, ssl.SSLError):
             raise  # to `Server.handle_error`
         except OSError as error:
             self._refuse(StorageError(f"the disk does not take it: {error.strerror}"))
@@ -3094,8 +3075,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.command, self.path = match[1].decode(), match[2].decode("latin-1")
         self.is_old = match[3] == b"0"
         self.headers = read_headers(self.rfile)
-        if not self.is_old and "host" not in self.headers:
-            raise BadRequest("the Host header is missing")
+        if "," in self.headers.get("host", "" if self.is_old else ","):
+            raise BadRequest("there must be one Host header")
         self.length = body_length(self.headers)
         self.is_read = self.length == 0
         wish = self.headers.get("connection", "").lower()
@@ -3136,12 +3117,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
         elif path == "/":
             self._send(200, PAGE.encode(), "text/html; charset=utf-8", PAGE_HEADERS)
         else:
-            self._send(200, ROBOTS, TEXT_TYPE)
+            self._send(200, b"User-agent: *\nDisallow:\n", TEXT_TYPE)  # spiders are tried here
 
     do_HEAD = do_POST = do_PUT = do_DELETE = do_PATCH = do_OPTIONS = do_GET
 
     def _parameters(self, route: Route, query: str) -> dict[str, Any]:
-        """Return what a route is called with."""
         if not route.is_post:
             return route.check(query_fields(query.encode("latin-1")))
         if query:
@@ -3177,13 +3157,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def _receive(self, file: IO[bytes], most: int) -> None:
         """Write the body into a file. Raise TooLarge past `most` bytes."""
         if self.headers.get("expect", "").lower() == "100-continue" and not self.is_old:
-            self._write(b"HTTP/1.1 100 Continue\r\n\r\n")
+            self.wfile.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         self.reader.deadline = time.monotonic() + self.server.rules.request_timeout
         try:
             left = self._next_chunk() if self.length is None else self.length
             while left:
                 if file.tell() + left > most:
-                    raise TooLarge(f"the body is longer than {most // MIB} MiB (--max-upload, of archives)")
+                    limit = f"{most // MIB} MiB; for archives, see --max-upload"
+                    raise TooLarge(f"the body is longer than {limit}")
                 piece = self.rfile.read1(min(left, CHUNK_BYTES))
                 if not piece:
                     raise ConnectionAbortedError
@@ -3236,17 +3217,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
             *(f"{name}: {value}" for name, value in headers), "\r\n",
         ]  # fmt: skip
         head = "\r\n".join(lines).encode("latin-1", "replace")
-        self._write(head if self.command == "HEAD" else head + answer)
-
-    def _write(self, data: bytes) -> None:
-        try:
-            self.request.sendall(data)
-        except OSError:  # a timeout, or of TLS
-            raise ConnectionAbortedError from None
+        self.wfile.write(head if self.command == "HEAD" else head + answer)
 
     def _write_chunk(self, data: bytes) -> None:
         """Send a piece of a body without a length, b"" at its end."""
-        self._write(data if self.is_old else b"%x\r\n%b\r\n" % (len(data), data))
+        self.wfile.write(data if self.is_old else b"%x\r\n%b\r\n" % (len(data), data))
 
     def _pause(self, seconds: float) -> None:
         """Wait a moment. Raise ConnectionAbortedError when the client goes meanwhile."""
@@ -3263,11 +3238,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
         with open_log(path) as file:
             size = os.fstat(file.fileno()).st_size
             start = tail_start(file, size, asked.get("tail"))
-            if asked.get("follow"):
-                self._follow(path, identifier, start)
-            else:
+            if not asked.get("follow"):
                 wanted = "" if "tail" in asked else self.headers.get("range", "")
                 self._send_part(file, start, size, BYTE_RANGE.fullmatch(wanted))
+                return
+        self.close_connection = self.close_connection or self.is_old
+        framing = "Accept-Ranges: none" if self.is_old else "Transfer-Encoding: chunked"
+        self._send(200, b"", TEXT_TYPE, (), framing)
+        while start >= 0 and self.command != "HEAD":
+            start = self._send_news(path, identifier, start)
 
     def _send_part(
         self, file: IO[bytes], start: int, size: int, wanted: re.Match[str] | None
@@ -3284,37 +3263,32 @@ class Handler(http.server.BaseHTTPRequestHandler):
             status = 206
             headers.append(("Content-Range", f"bytes {start}-{end - 1}/{size}"))
         self._send(status, b"", TEXT_TYPE, headers, f"Content-Length: {end - start}")
-        self._copy(file, start, end, self._write)
+        if self.command != "HEAD":
+            self._copy(file, start, end, self.wfile.write)
 
-    def _follow(self, path: Path, identifier: str, start: int) -> None:
-        """Send a log as it grows, until its job has ended.
+    def _send_news(self, path: Path, identifier: str, start: int) -> int:
+        """Send what has come to a log. Return where the next look begins, -1 after the last.
 
         When the daemon stops or reloads before, the answer is cut, so that the client can tell.
         """
-        daemon = self.server.daemon
-        self.close_connection = self.close_connection or self.is_old
-        framing = "Accept-Ranges: none" if self.is_old else "Transfer-Encoding: chunked"
-        self._send(200, b"", TEXT_TYPE, (), framing)
-        while self.command != "HEAD":
-            is_over = not daemon.is_logging(identifier)  # asked before the log is read
-            with open_log(path) as file:
-                size = os.fstat(file.fileno()).st_size
-                # A log that has become shorter is new.
-                self._copy(file, start if start <= size else 0, size, self._write_chunk)
-                start = size
-            if is_over:
-                self._write_chunk(b"")
-                return
-            if daemon.is_closing or self.server.is_draining:
-                raise ConnectionAbortedError
-            self._pause(FOLLOW_SECONDS)
+        is_over = not self.server.daemon.is_logging(identifier)  # asked before the log is read
+        with open_log(path) as file:
+            size = os.fstat(file.fileno()).st_size
+            # A log that has become shorter is new.
+            self._copy(file, start if start <= size else 0, size, self._write_chunk)
+        if is_over:
+            self._write_chunk(b"")
+            return -1
+        if self.server.daemon.is_closing or self.server.is_draining:
+            raise ConnectionAbortedError
+        self._pause(FOLLOW_SECONDS)
+        return size
 
     def _copy(
-        self, file: IO[bytes], start: int, end: int, write: Callable[[bytes], None]
+        self, file: IO[bytes], start: int, end: int, write: Callable[[bytes], object]
     ) -> None:
-        """Send a part of a log."""
         file.seek(start)
-        while start < end and self.command != "HEAD":
+        while start < end:
             piece = file.read(min(CHUNK_BYTES, end - start))
             if not piece:
                 raise ConnectionAbortedError  # it was cut short, so no more will come
@@ -3337,13 +3311,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.is_draining = False  # followers of logs are to go
         # All that are open; None until the thread has begun.
         self.connections: dict[socket.socket, Handler | None] = {}
-        # `accept` would block when the client has gone already. Connections inherit the options;
-        # with these timeouts a read takes a system call, and with Python's own two.
-        listening.setblocking(False)
-        seconds = struct.pack("ll", *divmod(int(rules.request_timeout * 1e6), 10**6))
-        listening.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, seconds)
-        listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, seconds)
-        listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        listening.setblocking(False)  # `accept` would block when the client has gone already
 
     def serve_until(self, signals: socket.socket) -> bytes:
         """Serve until something can be read from `signals`, and return that."""
@@ -3375,8 +3343,10 @@ class Server(http.server.ThreadingHTTPServer):
 
     def _turn_away(self, request: socket.socket, reason: str) -> None:
         body = encode_json({"status": "error", "msg": reason}) + "\n"
-        head = "HTTP/1.1 503 Service Unavailable\r\nConnection: close\r\n"
-        head += f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+        head = (
+            "HTTP/1.1 503 Service Unavailable\r\nConnection: close\r\n"
+            f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+        )
         with contextlib.suppress(OSError):
             request.settimeout(0)
             request.send((head + body).encode())
@@ -3389,7 +3359,7 @@ class Server(http.server.ThreadingHTTPServer):
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Log why a connection has ended, unless the client has gone."""
-        if not isinstance(sys.exc_info()[1], ConnectionError):
+        if not isinstance(sys.exc_info()[1], OSError):
             log_crash("a connection")
 
     def _make_room(self) -> None:
