@@ -30,8 +30,7 @@ Threads
 Locks
     Daemon.lock is held by whoever changes a record or starts or reaps a child process, including
     the write to the disk. Readers take no lock: records never change, and what a reader sees is on
-    the disk. Server has a lock of its own for its list of connections. Neither is taken inside
-    the other.
+    the disk. What http threads share beside that are dictionaries, whose methods are atomic.
 """
 
 from __future__ import annotations
@@ -2523,7 +2522,7 @@ HEADER_LINE = re.compile(rb"(%s):([^\0\r\n]*)\r\n" % TOKEN)
 HOST = re.compile(r"(\[[0-9a-f:.]+\]|[^:\[\]]+)(?::[0-9]{1,5})?")
 CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;[^\0\r\n]*)?\r\n")
 PARAMETER = re.compile(r'(?<![\w*-])([\w-]+)=(?:"((?:[^"\\]|\\.)*)"|([^\s,;"]*))', re.ASCII)
-BYTE_RANGE = re.compile(r"bytes=([0-9]{0,18})-([0-9]{0,18})", re.ASCII)
+BYTE_RANGE = re.compile(r"bytes=([0-9]{0,18})-([0-9]{0,18})", re.ASCII)  # RFC 9110, section 14
 LOG_PATH = re.compile(rf"/get-log/data/({JOB_PATTERN.pattern})\.(out|err)")
 TEXT_TYPE = "text/plain; charset=utf-8"
 PUSH_CALL = "curl -sS .../push-project.json -F archive=@demo.zip"
@@ -2657,7 +2656,7 @@ class Guard:
             self._check_user(request, self._users)
 
     def _is_own(self, host: str) -> bool:
-        """Tell whether no foreign name, which may be led to our address, can be such a host."""
+        # A foreign name may be led to our address, so that its pages can call us.
         match = HOST.fullmatch(host)
         name = match[1].removesuffix(".") if match else ""
         family = socket.AF_INET6 if name.startswith("[") else socket.AF_INET
@@ -2679,7 +2678,6 @@ class Guard:
             raise Forbidden("a web page of another site must not change anything here")
 
     def _check_user(self, request: Handler, users: Mapping[str, str]) -> None:
-        """Raise ScrapyDoError unless a user asks, RFC 7616 and RFC 7617."""
         self._renew_nonce()
         scheme, _, rest = request.headers.get("authorization", "").partition(" ")
         if scheme.lower() == "digest":
@@ -2695,7 +2693,7 @@ class Guard:
     def _check_digest(
         self, request: Handler, fields: Mapping[str, str], users: Mapping[str, str]
     ) -> None:
-        """Raise ScrapyDoError unless Digest fields show a password, for this request only."""
+        """Raise ScrapyDoError unless the fields of RFC 7616 show a password for this request."""
         algorithm = ALGORITHMS.get(fields.get("algorithm", "MD5").upper())
         digest = functools.partial(digest_of, algorithm or "md5")
         names = ("uri", "response", "nonce", "nc", "cnonce", "qop")
@@ -2706,7 +2704,8 @@ class Guard:
         proof = digest(known, nonce, *counted, digest(request.command, uri))
         if not algorithm or not hmac.compare_digest(given.lower().encode(), proof.encode()):
             raise WrongPassword("the user or the password is wrong", None, self._challenges())
-        use, uses = object(), self._nonces.get(nonce, {proof: None})
+        use = object()
+        uses = self._nonces.get(nonce, {proof: None})
         if uses.setdefault(proof, use) is not use:  # atomic, so one of two at once is the first
             raise ScrapyDoError(
                 "the nonce is too old, or this request has come before; ask again", 401,
@@ -2767,7 +2766,7 @@ def give_back(data: Any) -> None:
 
 
 def find(mark: re.Pattern[bytes], data: Any, start: int, end: int) -> tuple[int, int]:
-    """Return where a mark begins and ends, (end, end) when there is none."""
+    """Return where the next mark begins and ends, (end, end) when there is none."""
     for at in range(start, end, WINDOW_BYTES):
         match = mark.search(data, at, min(at + WINDOW_BYTES + MARK_BYTES, end))
         give_back(data)
@@ -2894,7 +2893,8 @@ class Route(NamedTuple):
 
         Raise ScrapyDoError for a field that is missing, unknown, given twice, or not UTF-8.
         """
-        known, values = self.required + self.optional, dict[str, Any]()
+        known = self.required + self.optional
+        values: dict[str, Any] = {}
         shown = [f"{name} (repeatable)" if name in self.repeatable else name for name in known]
         exist = f"its parameters are {', '.join(shown)}" if shown else "it has no parameters"
         for count, (name, value) in enumerate(fields, 1):
@@ -3100,9 +3100,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
         path = as_text(decode_percent(target.encode("latin-1")), "the path")
         log_path, route = LOG_PATH.fullmatch(path), ROUTES.get(path)
         if not (route or log_path or path in ("/", "/robots.txt")):
-            paths = ", ".join(["/", *ROUTES])
-            log_paths = "/get-log/data/ID.err or .out, where ID is the identifier of a job"
-            raise NotFound(f"there is no {quoted(path)}; the paths are {paths}, and {log_paths}")
+            raise NotFound(
+                f"there is no {quoted(path)}; the paths are /, {', '.join(ROUTES)}, and"
+                " /get-log/data/ID.err or .out, where ID is the identifier of a job"
+            )
         methods = ("POST",) if route and route.is_post else ("GET", "HEAD")
         if self.command not in methods:
             raise ScrapyDoError(
@@ -3133,7 +3134,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
         return route.check(body_fields(body.getvalue(), self.headers, route))
 
     def _save_archive(self, route: Route) -> Path:
-        """Return a file with the archive that is pushed."""
         import mmap
 
         upload = self.server.daemon.new_upload()
@@ -3155,7 +3155,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
         return upload
 
     def _receive(self, file: IO[bytes], most: int) -> None:
-        """Write the body into a file. Raise TooLarge past `most` bytes."""
         if self.headers.get("expect", "").lower() == "100-continue" and not self.is_old:
             self.wfile.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         self.reader.deadline = time.monotonic() + self.server.rules.request_timeout
@@ -3163,8 +3162,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
             left = self._next_chunk() if self.length is None else self.length
             while left:
                 if file.tell() + left > most:
-                    limit = f"{most // MIB} MiB; for archives, see --max-upload"
-                    raise TooLarge(f"the body is longer than {limit}")
+                    raise TooLarge(
+                        f"the body is longer than {most // MIB} MiB; for archives, see --max-upload"
+                    )
                 piece = self.rfile.read1(min(left, CHUNK_BYTES))
                 if not piece:
                     raise ConnectionAbortedError
@@ -3178,10 +3178,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.is_read = True
 
     def _next_chunk(self, end: bytes = b"") -> int:
-        """Return the size of the next chunk after the end of the one before, 0 for no more.
-
-        See RFC 9112, section 7.1.
-        """
+        """Return the size of the next chunk, 0 for no more, RFC 9112 section 7.1."""
         is_ended = self.rfile.read(len(end)) == end
         match = CHUNK_LINE.fullmatch(self.rfile.readline(256))
         if match is None or not is_ended:
@@ -3220,8 +3217,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.wfile.write(head if self.command == "HEAD" else head + answer)
 
     def _write_chunk(self, data: bytes) -> None:
-        """Send a piece of a body without a length, b"" at its end."""
-        self.wfile.write(data if self.is_old else b"%x\r\n%b\r\n" % (len(data), data))
+        self.wfile.write(b"%x\r\n%b\r\n" % (len(data), data))
 
     def _pause(self, seconds: float) -> None:
         """Wait a moment. Raise ConnectionAbortedError when the client goes meanwhile."""
@@ -3238,20 +3234,17 @@ class Handler(http.server.BaseHTTPRequestHandler):
         with open_log(path) as file:
             size = os.fstat(file.fileno()).st_size
             start = tail_start(file, size, asked.get("tail"))
-            if not asked.get("follow"):
+            if not asked.get("follow") or self.is_old:  # HTTP/1.0 has no chunks
                 wanted = "" if "tail" in asked else self.headers.get("range", "")
                 self._send_part(file, start, size, BYTE_RANGE.fullmatch(wanted))
                 return
-        self.close_connection = self.close_connection or self.is_old
-        framing = "Accept-Ranges: none" if self.is_old else "Transfer-Encoding: chunked"
-        self._send(200, b"", TEXT_TYPE, (), framing)
+        self._send(200, b"", TEXT_TYPE, (), "Transfer-Encoding: chunked")
         while start >= 0 and self.command != "HEAD":
             start = self._send_news(path, identifier, start)
 
     def _send_part(
         self, file: IO[bytes], start: int, size: int, wanted: re.Match[str] | None
     ) -> None:
-        """Send a log from `start`, or a range of its bytes, RFC 9110 section 14."""
         status, end, headers = 200, size, [("Accept-Ranges", "bytes")]
         if wanted:
             first, last = wanted.groups()
@@ -3277,7 +3270,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             # A log that has become shorter is new.
             self._copy(file, start if start <= size else 0, size, self._write_chunk)
         if is_over:
-            self._write_chunk(b"")
+            self._write_chunk(b"")  # the end
             return -1
         if self.server.daemon.is_closing or self.server.is_draining:
             raise ConnectionAbortedError
@@ -3323,7 +3316,6 @@ class Server(http.server.ThreadingHTTPServer):
         return signals.recv(CHUNK_BYTES)
 
     def _accept(self) -> None:
-        """Give a connection to a thread, as socketserver's _handle_request_noblock does."""
         try:
             request, address = self.get_request()
         except (BlockingIOError, ConnectionError):  # the client has gone at once
@@ -3395,10 +3387,8 @@ class Server(http.server.ThreadingHTTPServer):
 
 def is_busy(handler: Handler | None) -> bool:
     """Tell whether a connection has a request that is being answered, or on its way."""
-    if handler is None:
-        return True
-    grace = 0.0 if handler.command else GRACE_SECONDS
-    return time.monotonic() - handler.idle_since < grace
+    grace = 0.0 if handler and handler.command else GRACE_SECONDS
+    return handler is None or time.monotonic() - handler.idle_since < grace
 
 
 # ---- 8. Command line -------------------------------------------------------------------------
