@@ -2746,7 +2746,7 @@ def is_login(credentials: str, users: Mapping[str, str]) -> bool:
 BODY_BYTES = WINDOW_BYTES = MIB  # the longest body that is not spooled; a window
 MARK_BYTES = 1024  # the longest mark between fields
 Field = tuple[str, Iterable[bytes]]  # the name, and the value in pieces
-PERCENTS = re.compile(rb"(?:%[0-9A-Fa-f]{2})+")
+STRAY_PERCENT = re.compile(rb"%(?![0-9A-Fa-f]{2})")
 ANDS, EQUALS, BLANK_LINE = re.compile(rb"&+"), re.compile(rb"="), re.compile(rb"\r\n\r\n")
 FORM_TYPE = "application/x-www-form-urlencoded"
 # What sends itself as a form by curl -d, but is none: how it begins, what it is, the cure.
@@ -2791,8 +2791,10 @@ def pieces(
 
 def decode_percent(data: bytes) -> bytes:
     """Return urlencoded bytes decoded; a stray % stays."""
-    data = data.replace(b"+", b" ")
-    return PERCENTS.sub(lambda match: bytes.fromhex(match[0].replace(b"%", b"").decode()), data)
+    data = STRAY_PERCENT.sub(rb"%25", data.replace(b"+", b" "))
+    # Python's decoder of \xXX is much faster than a function that is called for each %XX.
+    data = data.replace(b"\\", b"%5C").replace(b"%", rb"\x")
+    return data.decode("unicode_escape").encode("latin-1")
 
 
 def as_text(data: bytes, what: str) -> str:
