@@ -3139,21 +3139,19 @@ class Handler(http.server.BaseHTTPRequestHandler):
         import mmap
 
         upload = self.server.daemon.new_upload()
-        spool = upload.with_suffix(".body")
         try:
-            with open(spool, "xb+") as file:
+            with open(upload, "xb+") as file:
                 self._receive(file, self.server.rules.max_upload * MIB)
-                file.flush()
                 size = file.tell()
+                file.seek(0)
                 body = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ) if size else b""
-            archive = route.check(body_fields(body, self.headers, route))["archive"]
-            with open(upload, "xb") as file:
+                archive = route.check(body_fields(body, self.headers, route))["archive"]
+                # It moves to the start of its own file; a piece is read before it is written over.
                 file.writelines(archive)
+                file.truncate()
         except BaseException:
             remove_tree(upload)
             raise
-        finally:
-            remove_tree(spool)
         return upload
 
     def _receive(self, file: IO[bytes], most: int) -> None:
