@@ -3304,6 +3304,8 @@ class Server(http.server.ThreadingHTTPServer):
         self.is_draining = False  # followers of logs are to go
         # All that are open; None until the thread has begun.
         self.connections: dict[socket.socket, Handler | None] = {}
+        self._idle = threading.Semaphore(0)  # counts threads without a connection
+        self._work: queue.SimpleQueue[Any] = queue.SimpleQueue()
         listening.setblocking(False)  # `accept` would block when the client has gone already
 
     def serve_until(self, signals: socket.socket) -> bytes:
@@ -3343,6 +3345,17 @@ class Server(http.server.ThreadingHTTPServer):
             request.settimeout(0)
             request.send((head + body).encode())
         self.shutdown_request(request)
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Have an idle thread take a connection: to start one takes longer than an answer."""
+        if not self._idle.acquire(blocking=False):
+            threading.Thread(target=self._run, name="http", daemon=True).start()
+        self._work.put((request, client_address))
+
+    def _run(self) -> None:
+        while True:
+            self.process_request_thread(*self._work.get())
+            self._idle.release()
 
     def close_request(self, request: Any) -> None:
         """Forget a connection that ends."""
