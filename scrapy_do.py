@@ -58,6 +58,7 @@ import signal
 import socket
 import ssl
 import stat
+import struct
 import subprocess
 import sys
 import threading
@@ -3010,11 +3011,14 @@ class Reader(socket.SocketIO):
 
     deadline = 0.0  # on the monotonic clock
 
-    def readinto(self, buffer: Any) -> int | None:
+    def readinto(self, buffer: Any) -> int:
         """Read what has arrived; 0 is the end. Raise TimeoutError at the deadline."""
         if time.monotonic() > self.deadline:
             raise TimeoutError
-        return super().readinto(buffer)
+        size = super().readinto(buffer)
+        if size is None:  # a timeout of the system
+            raise TimeoutError
+        return size
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -3031,7 +3035,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def setup(self) -> None:
         """Begin a connection, see socketserver.StreamRequestHandler."""
         super().setup()
-        self.request.settimeout(self.server.rules.request_timeout)
+        if self.server.rules.tls:  # it ignores the timeout that connections inherit
+            self.request.settimeout(self.server.rules.request_timeout)
         self.reader = Reader(self.request, "r")
         self.rfile: io.BufferedReader = io.BufferedReader(self.reader, CHUNK_BYTES)
         self.command = ""  # of the latest request
@@ -3058,8 +3063,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             super().handle_one_request()
         except ScrapyDoError as error:
             self._refuse(error)
-        except (ConnectionError, ssl.SSLError):
-            raise  # to `Server.handle_error`
+        except (ConnectionError, BlockingIOError, ssl.SSLError):
+            raise  # to `Server.handle_error`; the second is a timeout of the system
         except OSError as error:
             self._refuse(StorageError(f"the disk does not take it: {error.strerror}"))
         except Exception:
@@ -3306,7 +3311,12 @@ class Server(http.server.ThreadingHTTPServer):
         self.connections: dict[socket.socket, Handler | None] = {}
         self._idle = threading.Semaphore(0)  # counts threads without a connection
         self._work: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        listening.setblocking(False)  # `accept` would block when the client has gone already
+        # `accept` would block when the client has gone already. Connections inherit the timeouts;
+        # with these an answer takes half the system calls that it takes with Python's own.
+        listening.setblocking(False)
+        seconds = struct.pack("ll", *divmod(int(rules.request_timeout * 1e6), 10**6))
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, seconds)
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, seconds)
 
     def serve_until(self, signals: socket.socket) -> bytes:
         """Serve until something can be read from `signals`, and return that."""

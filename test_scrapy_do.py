@@ -3423,6 +3423,13 @@ def curl_of(site, path, *options, scheme="http"):
     return int(printed[-3:]), json.loads(printed[:-3])
 
 
+def hurry(site, seconds):
+    """Give clients little time."""
+    site.limit(request_timeout=seconds)
+    timeout = struct.pack("ll", *divmod(int(seconds * 1e6), 10**6))
+    site.listening.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, timeout)
+
+
 @pytest.fixture
 def shop(site):
     """Return a running daemon that has a project."""
@@ -3790,7 +3797,7 @@ def test_a_connection_stays_as_the_client_wishes(site, version, wish, stays):
 
 @pytest.mark.parametrize("start", [b"", b"GET /sta", head_of()[:-2], head_of() + b"GET", head_of()])
 def test_a_slow_head_is_cut_off_without_a_word(site, start, capfd):
-    site.limit(request_timeout=0.3)
+    hurry(site, 0.3)
     with Line(site) as line:
         line.send(start)
         if start.startswith(head_of()):
@@ -3800,14 +3807,14 @@ def test_a_slow_head_is_cut_off_without_a_word(site, start, capfd):
 
 
 def test_a_client_that_drips_is_cut_off_too(site):
-    site.limit(request_timeout=0.3)
+    hurry(site, 0.3)
     with Line(site) as line:
         line.send(b"GET /")
         assert wait_for(lambda: select.select([line.socket], [], [], 0.02)[0] or line.send(b"x"), 5)
 
 
 def test_a_slow_body_is_408_but_a_steady_one_is_taken(shop, monkeypatch):
-    shop.limit(request_timeout=0.2)
+    hurry(shop, 0.2)
     monkeypatch.setattr(scrapy_do, "LINGER_SECONDS", 0.1)
     denied(speak(shop, head_of("/schedule-job.json", "Content-Length: 99", method="POST") + b"proj"), 408)
     monkeypatch.setattr(scrapy_do, "BODY_BYTES_PER_SECOND", 100)
