@@ -78,7 +78,6 @@ NOTE = "echo $! >> $SPIDER_DATA_DIR/pids"
 
 
 def release(tmp_path):
-    """End the crawls of HOLD."""
     (tmp_path / "data/spider-data/go").touch()
 
 
@@ -144,8 +143,6 @@ def folder_contents(folder):
 
 
 class Client:
-    """Speak to a daemon at `port`."""
-
     port = 0
 
     def request(self, method, path, body=None, headers=None):
@@ -164,7 +161,6 @@ class Client:
         return status, json.loads(data)
 
     def get(self, path, **query):
-        """Return the JSON of a GET that must succeed."""
         status, answer = self.call("GET", f"/{path}.json?{urllib.parse.urlencode(query)}")
         assert (status, answer["status"]) == (200, "ok"), answer
         return answer
@@ -185,7 +181,6 @@ class Client:
         return self.post("push-project", archive=args[0] if args else stub_project(**spiders))
 
     def schedule(self, spider="quick", when="now", project="shop", **fields):
-        """Schedule a job and return its identifier."""
         return self.post("schedule-job", project=project, spider=spider, when=when, **fields)["identifier"]
 
     def job(self, identifier):
@@ -270,7 +265,6 @@ class Outside(Client):
         self.hang_up()()
 
     def stop(self, number=signal.SIGTERM, seconds=30):
-        """Send a signal and return the exit status."""
         self.process.send_signal(number)
         return self.process.wait(seconds)
 
@@ -300,7 +294,6 @@ def denied(answer, status, *words):
 
 
 def run_main(*options, **more):
-    """Run the command line to its end and return its exit status and what it said."""
     done = subprocess.run([sys.executable, str(MODULE), *options], capture_output=True, text=True, timeout=30, **more)
     return done.returncode, done.stdout + done.stderr
 
@@ -340,7 +333,6 @@ def output_of(client, spider, project="shop"):
 
 
 def runs_of(client, schedule, status="COMPLETED"):
-    """Return the runs of a schedule."""
     return client.get("list-jobs", status=status, scheduled_by=schedule)["jobs"]
 
 
@@ -367,7 +359,6 @@ def kept_records(path):
 
 
 def kept_jobs(tmp_path):
-    """Return the jobs in the state file."""
     return kept_records(tmp_path / "data/state.json")[1]
 
 
@@ -380,7 +371,6 @@ def wake_timer(client):
 
 
 def due(tmp_path, schedule):
-    """Return when a schedule is due next, as the state file says."""
     return kept_jobs(tmp_path)[schedule]["due"]
 
 
@@ -389,7 +379,6 @@ def kept_logs(tmp_path):
 
 
 def is_gone(pid):
-    """Tell whether a process has ended."""
     try:
         return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
@@ -407,13 +396,11 @@ def crawls_of(data):
 
 
 def noted(tmp_path, name="pids"):
-    """Return what crawls have noted in a file, word by word."""
     path = tmp_path / "data/spider-data" / name
     return path.read_text().split() if path.exists() else []
 
 
 def living(tmp_path):
-    """Return the processes that crawls have noted and that still run."""
     return [pid for pid in map(int, noted(tmp_path)) if not is_gone(pid)]
 
 
@@ -422,7 +409,6 @@ def said(site, *words):
 
 
 def make_job(number=1, **fields):
-    """Return a job as the module keeps it."""
     values = {"actor": "USER", "schedule": "now", "project": "shop", "spider": "quick", "timestamp": 1.5}
     return scrapy_do.Job(f"{number:08x}-9b3c-4b52-a9e0-0d8fcd1cf001", scrapy_do.Status.PENDING, **{**values, **fields})
 
@@ -451,7 +437,6 @@ class Line:
         self.socket.close()
 
     def send(self, data):
-        """Send all of it, as far as the daemon takes it."""
         with contextlib.suppress(ConnectionError):
             self.socket.sendall(data)
 
@@ -475,24 +460,20 @@ class Line:
 
 
 def speak(site, data, has_body=True):
-    """Send bytes on a connection of their own and return the status, the headers and the body of the answer."""
     with Line(site) as line:
         line.send(data)
         return line.answer(has_body)
 
 
 def head_of(path="/status.json", *lines, method="GET", version="1.1", host="localhost"):
-    """Return the head of a request."""
     return "\r\n".join([f"{method} {path} HTTP/{version}", f"Host: {host}", *lines, "", ""]).encode("latin-1")
 
 
 def post_of(path, body, kind=URLENCODED, *lines):
-    """Return a POST with its length."""
     return head_of(path, f"Content-Type: {kind}", f"Content-Length: {len(body)}", *lines, method="POST") + body
 
 
 def chunks_of(body, size):
-    """Return a chunked body."""
     cuts = [body[at : at + size] for at in range(0, len(body), size)]
     return b"".join(b"%x\r\n%b\r\n" % (len(cut), cut) for cut in cuts) + b"0\r\n\r\n"
 
@@ -519,7 +500,6 @@ def curl_of(site, path, *options, scheme="http"):
 
 
 def hurry(site, seconds):
-    """Give clients little time."""
     site.limit(request_timeout=seconds)
     timeout = struct.pack("ll", *divmod(int(seconds * 1e6), 10**6))
     site.listening.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, timeout)
@@ -533,26 +513,24 @@ def challenge_of(site):
     return re.search('nonce="([^"]+)"', challenges[0])[1], challenges
 
 
-def digest_line(nonce, target="/status.json", method="GET", password="kot:1", way="SHA-256", count="00000001",
-    **changes):
+def digest_line(made, target="/status.json", method="GET", password="kot:1", way="SHA-256", count="00000001", **changes):
     """Return the Authorization header of ala, RFC 7616, with some fields changed afterwards; None drops one."""
 
     def h(*texts):
         return hashlib.new({"MD5": "md5"}.get(way, "sha256"), ":".join(texts).encode()).hexdigest()
 
-    fields = {"username": "ala", "realm": "scrapy-do", "nonce": nonce, "uri": target, "algorithm": way, "qop": "auth",
+    fields = {"username": "ala", "realm": "scrapy-do", "nonce": made, "uri": target, "algorithm": way, "qop": "auth",
         "nc": count, "cnonce": "c"}
-    fields["response"] = h(h("ala", "scrapy-do", password), nonce, count, "c", "auth", h(method, target))
-    fields |= changes
-    return "Authorization: Digest " + ", ".join(f'{name}="{value}"' for name, value in fields.items()
-        if value is not None)
+    fields["response"] = h(h("ala", "scrapy-do", password), made, count, "c", "auth", h(method, target))
+    sent = {name: value for name, value in {**fields, **changes}.items() if value is not None}
+    return "Authorization: Digest " + ", ".join(f'{name}="{value}"' for name, value in sent.items())
 
 
 def make_key_pair(folder, name="localhost"):
     """Write cert.pem and key.pem, signed by itself."""
     key = ec.generate_private_key(ec.SECP256R1())
-    now, names = datetime.datetime.now(datetime.timezone.utc), x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME,
-        name)])
+    now = datetime.datetime.now(datetime.timezone.utc)
+    names = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, name)])
     certificate = (
         x509.CertificateBuilder(names, names, key.public_key(), x509.random_serial_number())
         .not_valid_before(now - datetime.timedelta(1))
@@ -579,7 +557,6 @@ def try_to_cancel(site, job):
 
 
 def feed_of(tmp_path, job):
-    """Return the items that a job has stored."""
     return [json.loads(line) for line in (tmp_path / f"data/spider-data/{job}.jsonl").read_text().splitlines()]
 
 
@@ -604,7 +581,6 @@ def no_leaks(request):
 
 @pytest.fixture
 def stub(tmp_path):
-    """Return the command that stands in for Scrapy."""
     path = tmp_path / "stub-scrapy"
     path.write_text(STUB)
     path.chmod(0o755)
@@ -626,7 +602,6 @@ def inside(tmp_path, stub):
 
 @pytest.fixture
 def site(inside):
-    """Return a running daemon with the stub for Scrapy."""
     return inside()
 
 
@@ -645,7 +620,6 @@ def outside(tmp_path, stub):
 
 @pytest.fixture
 def shop(site):
-    """Return a running daemon that has a project."""
     site.push()
     return site
 
@@ -667,7 +641,6 @@ def guarded(site, monkeypatch):
 
 @pytest.fixture
 def encrypted(site, tmp_path):
-    """Return a running daemon that speaks TLS."""
     make_key_pair(tmp_path)
     site.limit(tls=scrapy_do.Tls(tmp_path / "cert.pem", tmp_path / "key.pem", None))
     site.cacert = ("--cacert", str(tmp_path / "cert.pem"))
@@ -807,14 +780,11 @@ if (found) found.click(); return Boolean(found);"""
 
 
 class Browser:
-    """Drive a headless chromium that shows the page of a daemon."""
-
     def __init__(self, chrome, site):
         self.chrome = chrome
         chrome.get(f"http://localhost:{site.port}/")
 
     def element(self, path):
-        """Return the first element of an XPath as soon as it is there."""
         return wait_for(lambda: self.chrome.find_elements("xpath", path))[0]
 
     def click(self, path):
@@ -823,11 +793,9 @@ class Browser:
         wait_for(lambda: self.chrome.execute_script(CLICK, path))
 
     def text(self, identifier):
-        """Return what an element shows."""
         return self.chrome.find_element("id", identifier).text
 
     def fill(self, **fields):
-        """Type into fields of a form."""
         for name, value in fields.items():
             box = self.chrome.find_element("name", name)
             wait_for(box.is_displayed)
@@ -837,7 +805,6 @@ class Browser:
 
 @pytest.fixture
 def browser(site):
-    """Return a browser that shows the page of `site`."""
     webdriver = pytest.importorskip("selenium.webdriver")
     chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
     if not (chromium and driver):
@@ -853,10 +820,7 @@ def browser(site):
 
 
 class Pages(http.server.BaseHTTPRequestHandler):
-    """A little web site: three pages in a row, and slow ones."""
-
     def do_GET(self):
-        """Answer with a page."""
         number = self.path.rpartition("/")[2]
         if self.path.startswith("/slow/"):
             self.server.is_over.wait(0.2)
@@ -869,12 +833,11 @@ class Pages(http.server.BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def log_message(self, *args):
-        """Say nothing."""
+        pass
 
 
 @pytest.fixture
 def website():
-    """Return the address of a local web site."""
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Pages)
     server.is_over = threading.Event()
     thread = threading.Thread(target=server.serve_forever, args=(0.05,))
@@ -916,17 +879,14 @@ PROPERTY = hypothesis.settings(deadline=None, derandomize=True, max_examples=200
 
 
 def instant(text, place=datetime.timezone.utc, fold=0):
-    """Return the POSIX seconds at which the clocks of a place show `text`."""
     return datetime.datetime.fromisoformat(text).replace(tzinfo=place, fold=fold).timestamp()
 
 
 def wall_clock(moment, place):
-    """Return what the clocks of a place show, as a naive datetime."""
     return datetime.datetime.fromtimestamp(moment, place).replace(tzinfo=None)
 
 
 def utc_offset(moment, place):
-    """Return by how many seconds the clocks of a place are ahead of UTC."""
     return int(datetime.datetime.fromtimestamp(moment, place).utcoffset().total_seconds())
 
 
@@ -961,7 +921,6 @@ def fire(recurrence, moment, times):
 
 
 def refusal(text):
-    """Return the message that refuses a spec."""
     with pytest.raises(SpecError) as caught:
         parse_spec(text)
     assert caught.value.status == 400
@@ -969,7 +928,6 @@ def refusal(text):
 
 
 def at(*hours):
-    """Return times of day that are given in hours."""
     return tuple(hour * HOUR for hour in hours)
 
 
@@ -1022,27 +980,24 @@ def test_list_may_be_written_with_commas_and_the_word_and():
 REFUSED = {  # what is wrong: the spec, and the word that it stumbles on; "" is its end
     "starts with 'now' or 'every'": [("", ""), ("10:30", "10:30"), ("żółw", "żółw"), ("x" * 61, "x" * 57 + "..."),
         ("NOPE", "nope")],
-    "a unit of time or a weekday is wanted": [("every", ""), ("every now", "now"), ("every at 10:30", "at"),
-        ("every -1 days", "-1"), ("every ½ days", "½"), ("every month", "month"), ("every mondays", "mondays"),
-        ("every dayss", "dayss"), ("every ｄay", "ｄay"), ("every other day", "other")],
+    "a unit of time or a weekday is wanted": [("every", ""), ("every now", "now"), ("every -1 days", "-1"),
+        ("every ½ days", "½"), ("every month", "month"), ("every mondays", "mondays"), ("every ｄay", "ｄay")],
     "a unit of time is wanted": [("every 2", ""), ("every 2 to 3", ""), ("every 2 3 days", "3"),
-        ("every 1 monday", "monday"), ("every 1 to 2 mondays at 10:30", "mondays"), ("every 2 months", "months"),
-        ("every 2 - 3 days", "-"), ("every 1,5 days", ","), ("every 2 weekdays", "weekdays")],
+        ("every 1 to 2 mondays at 10:30", "mondays"), ("every 2 - 3 days", "-"), ("every 1,5 days", ","),
+        ("every 2 weekdays", "weekdays")],
     "a whole number from 1 is wanted": [("every 0 days", "0"), ("every 1.5 days", "1.5"), ("every 1e3 seconds", "1e3"),
-        ("every ² days", "²"), ("every ٣ days", "٣"), ("every 0 to 3 days", "0")],
+        ("every ² days", "²"), ("every ٣ days", "٣")],
     "a whole number from 2 is wanted": [("every 2 to", ""), ("every 2 to -3 days", "-3"), ("every 2 to 1 days", "1"),
-        ("every 2 to 0 days", "0"), ("every 2 to 3.5 days", "3.5"), ("every 2 to ٣ days", "٣")],
-    "at most 100 years": [("every 3155760001 seconds", "seconds"), ("every 52596001 minutes", None),
-        ("every 876601 hours", None), ("every 36526 days", None), ("every 5218 weeks", None),
+        ("every 2 to 3.5 days", "3.5"), ("every 2 to ٣ days", "٣")],
+    "at most 100 years": [("every 3155760001 seconds", "seconds"), ("every 36526 days", None),
         ("every 1 to 36526 days", None), ("every " + "9" * 900 + " days", None)],
     "the plural is wanted": [("every 2 second", "second"), ("every 10 minute", "minute"),
         ("EVERY  2 DAY at 10:30", "day"), ("every 1 to 3 day", "day"), ("every 1 to 1 hour", "hour")],
     "a time like 9:30, 18:00 or 23:59:59 is wanted": [("every day at", ""), ("every day at noon", "noon"),
         ("every day at :30", ":30"), ("every day at 10:3", "10:3"), ("every day at 9:05:07", "9:05:07"),
-        ("every day at 10.30", "10.30"), ("every day at 9:30pm", "9:30pm"), ("every day at 1٣:30", "1٣:30"),
-        ("every day at 24:00", "24:00"), ("every day at 10:60", "10:60"), ("every day at 23:59:60", "23:59:60"),
-        ("every weekday at 25:00", "25:00"), ("every monday at", ""), ("every day at 6:00,", ""),
-        ("every day at , 6:00", ","), ("every day at 6:00 and and 7:00", "and"), ("every day at 6:00,,7:00", ","),
+        ("every day at 9:30pm", "9:30pm"), ("every day at 1٣:30", "1٣:30"), ("every day at 24:00", "24:00"),
+        ("every day at 10:60", "10:60"), ("every day at 23:59:60", "23:59:60"), ("every monday at", ""),
+        ("every day at 6:00,", ""), ("every day at , 6:00", ","), ("every day at 6:00 and and 7:00", "and"),
         ("every day at " + "1" * 900, "1" * 57 + "...")],
     "a time like :15 (minute 15) or 00:15 (second 15)": [("every hour at", ""), ("every hour at 1:15", "1:15"),
         ("every hour at :5", ":5"), ("every hour at 60:00", None), ("every hour at :60", ":60"),
@@ -1064,9 +1019,9 @@ REFUSED = {  # what is wrong: the spec, and the word that it stumbles on; "" is 
         ("every day \u200bat 10:30", "\\u200bat"), ("every week monday at 10:30", "monday")],
     "one-off runs are only possible by 'now'": [("tomorrow", "tomorrow"), ("in 5 minutes", "in"), ("at 10:30", "at"),
         ("today at 10:30", "today")],
-    "cron syntax is not read": [("0 0 1 * *", "0"), ("0 0 1 jan *", "0"), ("*/7 * * * *", "*/7"),
-        ("99 25 * * *", "99"), ("@reboot", "@reboot"), ("0 17-9 * * *", "0"), ("0 6 * * 0,7", "0"), ("0 6 * * 8", "0"),
-        ("* * * * * *", "*"), ("61 * * * *", "61"), ("*/90 * * * *", None), ("*/10 5 * * *", None)],
+    "cron syntax is not read": [("0 0 1 * *", "0"), ("*/7 * * * *", "*/7"), ("99 25 * * *", "99"),
+        ("@reboot", "@reboot"), ("0 17-9 * * *", "0"), ("0 6 * * 0,7", "0"), ("0 6 * * 8", "0"), ("* * * * * *", "*"),
+        ("*/90 * * * *", None), ("*/10 5 * * *", None)],
 }  # fmt: skip
 REFUSALS = [(text, word, wanted) for wanted, rows in REFUSED.items() for text, word in rows]
 
@@ -1265,7 +1220,6 @@ def next_by_walking(recurrence, count, moment, name):
 
 
 def fixed(number):
-    """Return what draws a certain number."""
     return types.SimpleNamespace(randint=lambda low, high: number)
 
 
@@ -1555,32 +1509,6 @@ def test_a_second_daemon_on_the_same_folder_is_refused(outside, tmp_path):
     assert first.get("status")
 
 
-def test_links_in_the_data_folder_are_not_followed(outside, tmp_path):
-    site = outside("--job-slots", "1")
-    folder, victim = tmp_path / "data", tmp_path / "victim"
-    victim.write_text("mine")
-    site.push(hold=HOLD, talk="echo out; echo err >&2")
-    site.wait_job(site.schedule("hold"), "RUNNING")
-    for stream in ("out", "err"):  # for the next job
-        (folder / "logs" / f"{(job := site.schedule('talk'))}.{stream}").symlink_to(victim)
-        assert site.request("GET", f"/get-log/data/{job}.{stream}")[0] == 404
-    (folder / "state.json").unlink()
-    (folder / "state.json").symlink_to(victim)  # so it must be written anew
-    (folder / "state.json.new").symlink_to(victim)
-    assert site.try_post("schedule-job", project="shop", spider="talk", when="now")[0] == 507
-    (folder / "state.json.new").unlink()
-    site.post("cancel-job", id=site.schedule("talk", "every 9 days"))
-    assert not (folder / "state.json").is_symlink()
-    release(tmp_path)
-    wait_for(lambda: not site.jobs("PENDING") + site.jobs("RUNNING"))
-    assert [("symbolic link" in job["reason"], job["spider"]) for job in site.jobs("FAILED")] == [(True, "talk")] * 2
-    site.stop()
-    (folder / "lock").unlink()
-    (folder / "lock").symlink_to(victim)
-    start_refused(folder, "Too many levels of symbolic links")
-    assert victim.read_text() == "mine"
-
-
 GROWN = """{"version": 2, "since": 5.0, "changes": [
 [],
 [{"name": "shop", "push": "x", "folder": "", "settings": "", "spiders": ["quick"]}],
@@ -1593,26 +1521,21 @@ GROWN = """{"version": 2, "since": 5.0, "changes": [
 BAD_STATES = {
     "empty": ("", "Expecting value"),
     "cut-in-the-head": (GROWN[:30], "cannot be read"),
-    "zeros": (b"\0" * 4096, "Expecting value"),
     "not-utf8": (GROWN.encode().replace(b'"quick"', b'"\xff"', 1), "utf-8"),
     "not-an-object": ("[]", "not an object with a 'version'"),
-    "no-version": ("{}", "not an object with a 'version'"),
     "version-a-text": ('{"version": "2"}', "not an object with a 'version'"),
     "newer": ('{"version": 3, "changes": []}', "version 3, this scrapy_do reads version 2"),
     "no-changes": ('{"version": 2}', "'changes' must be a list of lists"),
     "nested": ("[" * 100_000, "recursion"),
-    "edited-first-change": (GROWN.replace('": "x"', '" "x"'), "Expecting ':' delimiter: line 3 column"),
     "edited-change": (GROWN.replace("PENDING", 'PENDING"'), "Expecting ',' delimiter: line 4 column"),
     "edited-last-change": (GROWN.replace("RUNNING", 'RUNNING"'), "Expecting ',' delimiter: line 6 column"),
     "last-line-deleted": ("\n".join([*GROWN.splitlines()[:-2], "]}\n"]), "cannot be read"),
     "garbage-in-a-change": (GROWN.replace("PENDING", "\0" * 512), "Invalid control character at: line 4 column"),
     "since-a-text": (GROWN.replace("5.0", '"x"'), "could not convert"),
-    "since-null": (GROWN.replace("5.0", "null"), "cannot be read"),
     "a-number": (GROWN.replace("[]", "[7]", 1), "7 is not an object"),
     "bad-status": (GROWN.replace("RUNNING", "DONE"), "the record 'i': 'DONE' is not a valid Status"),
     "bad-type": (GROWN.replace('"spider": "quick"', '"spider": 3', 1), "the field 'spider' cannot be 3"),
     "bad-time": (GROWN.replace("2.5", "NaN"), "the field 'timestamp' cannot be nan"),
-    "far-time": (GROWN.replace("2.5", "1e30"), "the field 'timestamp' cannot be 1e+30"),
     "unknown-field": (GROWN.replace('"folder"', '"colour"'), "the record 'shop': there is no field 'colour'"),
 }
 
@@ -1865,8 +1788,6 @@ class Faults:
 
 
 class FailingFile(io.FileIO):
-    """A file on a disk that has faults."""
-
     def __init__(self, faults, descriptor):
         super().__init__(descriptor, "wb")
         self.faults = faults
@@ -1897,9 +1818,8 @@ def test_a_write_that_fails_undoes_the_change_and_recovers_by_itself(site, tmp_p
             "schedule-job": {"project": "shop", "spider": "quick", "when": "now"}, "cancel-job": {"id": kept},
             "remove-project": {"name": "other"}, "push-project": {"archive": stub_project("other")},
         }.items():  # fmt: skip
-            status, answer = site.try_post(call, **fields)
-            assert (status, answer["status"]) == ((404 if call == "remove-project" else 507), "error"), call
-            assert status == 404 or f"{path} cannot be written: " in answer["msg"]
+            wanted = (404,) if call == "remove-project" else (507, f"{path} cannot be written: ")
+            denied(site.try_post(call, **fields), *wanted)
             assert kept_records(path) == saved, "a kill would bring the refused change to light"
         assert site.jobs("ACTIVE") == before
         assert site.get("list-projects")["projects"] == ["shop"]
@@ -2077,7 +1997,7 @@ def test_nothing_is_lost_or_doubled_by_kill_9(outside, tmp_path):
     site = outside("--completed-cap", "60", "--job-slots", "3")
     site.push(hold="exec sleep 60", brief="sleep 0.05")
     load = Load(site)
-    for number in range(int(os.environ.get("KILL_ROUNDS", "8"))):
+    for number in range(int(os.environ.get("KILL_ROUNDS", "6"))):
         with load.at_work(number):
             enough = len(load.sure) + random.Random(number).randrange(1, 12)
             wait_for(lambda enough=enough: len(load.sure) >= enough)
@@ -2094,7 +2014,7 @@ def test_nothing_is_lost_or_doubled_while_the_disk_fails_again_and_again(inside,
     site = inside(completed_cap=60, job_slots=3, kill_after=1.0)
     site.push(hold="exec sleep 60", brief="sleep 0.05")
     load, faults = Load(site), Faults(monkeypatch)
-    for number in range(int(os.environ.get("FAULT_ROUNDS", "8"))):
+    for number in range(int(os.environ.get("FAULT_ROUNDS", "6"))):
         draw = random.Random(number)
         with load.at_work(number):
             for _ in range(3):
@@ -2134,7 +2054,6 @@ class Load:
                 thread.join()
 
     def work(self, stop, client, number):
-        """Make random calls."""
         draw = random.Random(f"{client} {number}")
         try:
             while not stop.is_set():
@@ -2200,7 +2119,6 @@ class Load:
         assert logs <= jobs.keys() | {job["identifier"] for job in site.jobs("ACTIVE")}
 
     def finish(self, data):
-        """End all crawls, and check once more."""
         for job in self.site.jobs("PENDING") + self.site.jobs("RUNNING"):
             if job["spider"] == "hold":
                 self.try_post("cancel-job", (404, 409), id=job["identifier"])
@@ -2216,19 +2134,16 @@ SHOP = {"scrapy.cfg": "[deploy]\nproject = shop\n", "spiders.txt": "talk\n", "ta
 
 
 def plus(*entries):
-    """Return the archive of a sound project and these entries."""
     return pack(*SHOP.items(), *entries)
 
 
 def damaged(method):
-    """Return an archive whose compressed data are spoiled."""
     archive = bytearray(pack(("scrapy.cfg", bytes(random.Random(1).choices(b"ab", k=999))), method=method))
     archive[100:140] = bytes(40)
     return bytes(archive)
 
 
 def config(text, name="scrapy.cfg"):
-    """Return the archive of a project with this `scrapy.cfg`."""
     folder = name.removesuffix("scrapy.cfg")
     return pack((name, text), (f"{folder}spiders.txt", "talk\n"), (f"{folder}talk.sh", "echo hi\n"))
 
@@ -2301,10 +2216,8 @@ def test_an_archive_that_curl_does_not_send_as_a_file_is_refused_with_the_comman
 
 CODE = {**SHOP, "talk.sh": "cat sub/text; pwd\n", "sub/text": "hi\n"}
 ACCEPTED_ARCHIVES = {  # name: (how to make it, the project's name, the start of what its spider `talk` prints)
-    "two folders down": (lambda: make_zip({f"repo-main/in/{n}": text for n, text in CODE.items()}), "shop", "hi\n"),
     "five folders down": (lambda: make_zip({f"a/b/c/d/e/{n}": text for n, text in CODE.items()}), "shop", "hi\n"),
     "made on Windows": (lambda: pack(*((f"a/b/{n}".replace("/", "\\"), t) for n, t in CODE.items())), "shop", "hi\n"),
-    "one target": (lambda: config("[deploy:vps]\nproject = shop\n"), "shop", "hi\n"),
     "targets that agree": (lambda: config(TWO_PLACES.format("shop")), "shop", "hi\n"),
     "targets beside a plain one": (lambda: config(TWO_PLACES.format("x") + "[deploy]\nproject = bar"), "bar", "hi\n"),
     "name in Chinese": (lambda: stub_project("书店", talk="echo $SCRAPY_PROJECT"), "书店", "书店\n"),
@@ -2373,7 +2286,6 @@ def test_what_list_leaves_running_is_ended(outside, tmp_path):
     ("scrapy", "words"),
     [
         (("/nonexistent/scrapy",), ["'/nonexistent/scrapy' cannot be started", "--scrapy"]),
-        (("nonexistent-scrapy",), ["'nonexistent-scrapy' cannot be started", "--scrapy"]),
         (("/etc/passwd",), ["'/etc/passwd' cannot be started", "--scrapy"]),
         ((sys.executable, "-S", "-m", "scrapy"), ["No module named scrapy", f"{sys.executable} -m pip install scrapy"]),
     ],
@@ -2584,8 +2496,8 @@ def test_payload_args_and_settings_have_a_limit_within_which_crawls_start(inside
 
     limit = scrapy_do.ARGUMENT_BYTES
     for long in ({"payload": f'{{"x": "{"p" * 200_000}"}}'}, fields(limit + 99)):
-        status, answer = site.try_post("schedule-job", project="shop", spider="talk", when="now", **long)
-        assert (status, f"at most {limit} bytes together" in answer["msg"]) == (413, True)
+        answer = site.try_post("schedule-job", project="shop", spider="talk", when="now", **long)
+        denied(answer, 413, f"at most {limit} bytes together")
     assert site.jobs("ACTIVE") == site.jobs("COMPLETED") == []
     for long in (fields(limit - 99), {"arg": "a=" + "x" * (limit - 99)}, {"arg": [f"a{n}=x" for n in range(200)]}):
         assert site.wait_job(site.schedule("talk", **long))["reason"] is None
@@ -2605,9 +2517,8 @@ def test_a_big_project_is_pushed_with_one_short_line_and_a_misspelt_spider_is_an
     site.push(make_zip({**SHOP, "spiders.txt": "\n".join(names)}))
     assert site.get("list-spiders", project="shop")["spiders"] == names
     fields = {"project": "shop", "spider": "spider_of_twon_0042", "when": "every day"}
-    denied(site.try_post("schedule-job", **fields), 404, "did you mean 'spider_of_town_0042'")
-    assert "it has 5000, see list-spiders.json?project=shop" in answer["msg"]
-    assert len(answer["msg"]) < 250
+    words = ("did you mean 'spider_of_town_0042'", "it has 5000, see list-spiders.json?project=shop")
+    assert len(denied(site.try_post("schedule-job", **fields), 404, *words)) < 250
     denied(site.try_post("schedule-job", **fields | {"project": "'shop'"}), 404, "project=shop")
     denied(site.try_post("remove-project", name="shpo"), 404, "did you mean 'shop'")
     assert "project shop was pushed with 5000 spiders" in site.log_path.read_text()
@@ -2634,9 +2545,7 @@ def test_active_jobs_keep_their_spider_and_their_project(inside, tmp_path, statu
     identifier = site.schedule("leave", "every day" if status == "SCHEDULED" else "now")
     before = site.wait_job(identifier, status), folder_contents(tmp_path / "data" / "projects")
     for path, fields in (("push-project", {"archive": stub_project(stay=waits)}), ("remove-project", {"name": "shop"})):
-        code, answer = site.try_post(path, **fields)
-        assert (code, answer["status"]) == (409, "error")
-        assert f"{identifier} (leave, {status})" in answer["msg"]
+        denied(site.try_post(path, **fields), 409, f"{identifier} (leave, {status})")
         assert (site.job(identifier), folder_contents(tmp_path / "data" / "projects")) == before
         assert site.get("list-spiders", project="shop")["spiders"] == ["leave", "quick", "stay"]
     site.push(stay=waits, leave=waits)  # nothing is missing, so this is fine
@@ -2754,20 +2663,12 @@ def test_a_job_has_the_keys_of_the_contract(site):
     ("fields", "status", "words"),
     [
         *(({"payload": text}, 400, ["payload"]) for text in ("", "[]", "1", "{", '{"a": 1} x', "null", "[" * 50_000)),
-        *(
-            ({"arg": text}, 400, ["arg", "NAME=VALUE"])
-            for text in ("", "a", "=1", " =1", "-a=1", "a\0=1", "a=\0", "a\nb=1")
-        ),
-        *(
-            ({"setting": text}, 400, ["setting", "NAME=VALUE"])
-            for text in ("", "A", "=1", "1A=1", "A B=1", "A-B=1", "A=\0")
-        ),
+        *(({"arg": f"{text}=1"}, 400, ["arg", "NAME=VALUE"]) for text in ("", " ", "-a", "a\0", "a=\0", "a\nb")),
+        *(({"setting": f"{text}=1"}, 400, ["setting", "NAME=VALUE"]) for text in ("", "1A", "A B", "A-B", "A=\0")),
+        *(({name: text}, 400, [name, "NAME=VALUE"]) for name in ("arg", "setting") for text in ("", "A")),
         ({"arg": ["a=1", "b"]}, 400, ["'b'"]),
         ({"arg": "payload=x", "payload": '{"a": 1}'}, 400, ["payload", "arg", "leave one of them out"]),
-        *(
-            ({"timeout": text}, 400, ["timeout", repr(text)])
-            for text in ("0", "-1", "", "x", "nan", "inf", "1_0", "1 s")
-        ),
+        *(({"timeout": text}, 400, ["timeout", repr(text)]) for text in ("0", "-1", "", "x", "nan", "inf", "1_0", "1 s")),
         *(({"priority": text}, 400, ["priority", "whole number"]) for text in ("", "1.5", "x", "1_0", "9" * 30)),
         *(({"items": text}, 400, ["items"]) for text in ("", "2", "yes")),
         ({"description": "x" * 10_001}, 413, ["description", "shorten"]),
@@ -2792,24 +2693,18 @@ SHOW = "for word; do printf '%s|' \"$word\"; done"
 def test_args_and_settings_reach_the_runs_of_a_schedule_unchanged_and_in_order_also_after_a_crash(outside):
     site = outside()
     site.push(show=SHOW)
-    schedule = site.schedule(
-        "show", "every second", arg=ARGS, setting=SETTINGS, payload='{"a": 1}', timeout="50", priority=7
-    )
+    wish = {"arg": ARGS, "setting": SETTINGS, "payload": '{"a": 1}', "timeout": "50", "priority": 7}
+    schedule = site.schedule("show", "every second", **wish)
     site.kill()
     site.start()
     run = wait_for(lambda: runs_of(site, schedule, "SUCCESSFUL"))[-1]
     words = site.log(run["identifier"], "out").split("|")[1::2]
     assert words == ['payload={"a": 1}', *ARGS, "LOG_FILE=", *SETTINGS]
-    for job in (run, site.job(schedule)):
-        assert [job[key] for key in ("args", "settings", "timeout", "priority")] == [ARGS, SETTINGS, 50, 7]
     made = site.job(schedule)
-    assert (run["actor"], run["schedule"], run["scheduled_by"], made["scheduled_by"]) == (
-        "SCHEDULER",
-        "now",
-        schedule,
-        None,
-    )
-    assert run["started"] is not made["started"] is None
+    for job in (run, made):
+        assert [job[key] for key in ("args", "settings", "timeout", "priority")] == [ARGS, SETTINGS, 50, 7]
+    assert (run["actor"], run["schedule"], run["scheduled_by"]) == ("SCHEDULER", "now", schedule)
+    assert (made["scheduled_by"], made["started"], run["started"] is None) == (None, None, False)
 
 
 def test_a_crawl_gets_its_environment_and_nothing_of_the_daemons_supervisor_also_after_a_reload(outside, tmp_path):
@@ -3096,11 +2991,7 @@ def test_a_project_or_a_spider_is_canceled_with_all_its_jobs_and_no_others(insid
     site = inside(job_slots=2, kill_after=0.2)
     site.push(stubborn=STUBBORN, hold=HOLD)
     site.push(stub_project("second", hold=HOLD))
-    mine = [
-        running(site, "stubborn"),
-        site.schedule("stubborn", "every 2 hours"),
-        site.schedule("stubborn", "every 3 hours"),
-    ]
+    mine = [running(site, "stubborn"), *(site.schedule("stubborn", f"every {hours} hours") for hours in (2, 3))]
     other = running(site, "hold", project="second")
     mine.append(site.schedule("stubborn"))
     quick = site.schedule(when="every 2 hours")
@@ -3170,11 +3061,8 @@ def test_a_cancel_right_at_the_start_of_a_crawl_with_a_timeout_still_kills_it(in
     site.push(stubborn="trap '' TERM; while :; do sleep 0.02; done")
     jobs = [site.schedule("stubborn") for _ in range(8)]
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
-        asked = [
-            pool.submit(lambda job=job: site.wait_job(job, "RUNNING") and site.try_post("cancel-job", id=job))
-            for job in jobs
-        ]
-        assert {answer.result(20)[0] for answer in asked} == {200}
+        asked = pool.map(lambda job: site.wait_job(job, "RUNNING") and site.try_post("cancel-job", id=job), jobs)
+        assert {answer[0] for answer in asked} == {200}
 
 
 def test_a_cancel_that_comes_after_the_timeout_counts_and_asks_no_second_time(inside, tmp_path):
@@ -3210,14 +3098,11 @@ def test_nothing_of_a_crawl_outlives_it_and_nothing_else_is_hit(outside, tmp_pat
     site = outside("--kill-after", "0.4", "--job-slots", "20")
     tail = "exit 0" if end == "exits" else "sleep 60"
     ready = "while [ ! -e $SPIDER_DATA_DIR/go ]; do sleep 0.02; done"
-    site.push(
-        **{name: f"{tree}\necho started; {ready}; {tail}" for name, tree in TREES.items()}, bystander="exec sleep 60"
-    )
+    scripts = {name: f"{tree}\necho started; {ready}; {tail}" for name, tree in TREES.items()}
+    site.push(**scripts, bystander="exec sleep 60")
     bystander = site.wait_job(site.schedule("bystander"), "RUNNING")["identifier"]
     marks = {"SCRAPY_JOB": bystander, "SPIDER_DATA_DIR": str(tmp_path / "data/spider-data")}
-    with subprocess.Popen(
-        ["sleep", "60"], env={**os.environ, **marks}
-    ) as stranger:  # looks like a crawl, but is not below the daemon
+    with subprocess.Popen(["sleep", "60"], env={**os.environ, **marks}) as stranger:  # it is not below the daemon
         jobs = [running(site, name) for name in TREES]
         wait_for(lambda: len(living(tmp_path)) == len(TREES))
         release(tmp_path)
@@ -3235,31 +3120,12 @@ def test_nothing_of_a_crawl_outlives_it_and_nothing_else_is_hit(outside, tmp_pat
     wait_for(lambda: not [path for path in (tmp_path / "data/work").iterdir() if path.name in jobs])
 
 
-@pytest.mark.parametrize("launcher", ["passes-on", "plain-sh"])
-def test_the_leader_is_asked_once_and_what_it_leaves_after_it(outside, tmp_path, launcher):
-    """A second SIGTERM tells Scrapy to drop its feeds; a plain sh is gone at the first."""
-    site = outside("--kill-after", "20")
-    crawl = "trap 'echo asked; asked=1' TERM; echo started; until [ $asked ]; do sleep 0.02; done; sleep 0.3; echo stored"
-    start = {
-        "passes-on": "sh child.sh & trap 'kill $!' TERM; wait; trap '' TERM; wait",
-        "plain-sh": "sh child.sh; exit",
-    }[launcher]
-    with zipfile.ZipFile(buffer := io.BytesIO(stub_project(talk=start)), "a") as bundle:
-        bundle.writestr("child.sh", crawl)
-    site.push(buffer.getvalue())
-    job = running(site, "talk")
-    site.post("cancel-job", id=job)
-    assert site.job(job)["reason"] == "canceled by the user"
-    assert site.log(job, "out").splitlines() == ["started", "asked", "stored"]
-
-
 # Many at once
 
 
 def test_many_spiders_are_scheduled_in_one_call_all_or_nothing(site, tmp_path):
     site.push(**{f"s{number}": "exit 0" for number in range(200)})
-    answer = site.try_post("schedule-job", project="shop", spider=["s1", "s2", "nobody"], when="now")
-    denied(answer, 404, "'nobody'")
+    denied(site.try_post("schedule-job", project="shop", spider=["s1", "nobody"], when="now"), 404, "'nobody'")
     assert site.jobs("ACTIVE") == []
     before = len((tmp_path / "data/state.json").read_text().splitlines())
     answer = site.post("schedule-job", project="shop", spider="*", when="every 2 hours")
@@ -3267,12 +3133,10 @@ def test_many_spiders_are_scheduled_in_one_call_all_or_nothing(site, tmp_path):
     assert answer["identifier"] == answer["identifiers"][0]
     jobs = {job["identifier"]: job for job in site.jobs("SCHEDULED")}
     assert jobs.keys() == set(answer["identifiers"])
-    assert (
-        sorted(jobs[job]["spider"] for job in answer["identifiers"])
-        == site.get("list-spiders", project="shop")["spiders"]
-    )
+    assert sorted(job["spider"] for job in jobs.values()) == site.get("list-spiders", project="shop")["spiders"]
     assert site.post("cancel-job", project="shop")["canceled"] == 201
-    answer = site.post("schedule-job", project="shop", spider=["s3", "quick", "s3"], when="now")
+    fields = {"project": "shop", "spider": ["s3", "quick", "s3"], "when": "now"}
+    _, answer = site.call("POST", "/schedule-job.json", json.dumps(fields), {"Content-Type": JSON})
     assert [site.wait_job(job)["spider"] for job in answer["identifiers"]] == ["s3", "quick"]
     assert "identifiers" not in site.post("schedule-job", project="shop", spider="quick", when="now")
 
@@ -3304,15 +3168,13 @@ def test_only_the_newest_finished_jobs_are_kept_and_the_answer_says_so(inside, t
     assert [job["identifier"] for job in site.jobs("COMPLETED")] == made[:2:-1]
     wait_for(lambda: kept_logs(tmp_path) == set(made[3:]))
     assert list(kept_jobs(tmp_path)) == made[3:]
-    status, answer = site.call("GET", f"/get-log/data/{made[0]}.out")
-    assert (status, "--completed-cap (3)" in answer["msg"]) == (404, True)
+    denied(site.request("GET", f"/get-log/data/{made[0]}.out"), 404, "--completed-cap (3)")
 
 
 def test_finished_jobs_are_forgotten_by_the_size_of_their_logs_also_after_a_restart(outside, tmp_path):
     site = outside("--keep-mib", "1")
-    site.push(
-        half="head -c 300000 /dev/zero; head -c 200000 /dev/zero >&2", big="head -c 2000000 /dev/zero", small="echo x"
-    )
+    half = "head -c 300000 /dev/zero; head -c 200000 /dev/zero >&2"
+    site.push(half=half, big="head -c 2000000 /dev/zero", small="echo x")
 
     def run(spider):
         job = site.wait_job(site.schedule(spider))["identifier"]
@@ -3333,9 +3195,6 @@ def test_finished_jobs_are_forgotten_by_the_size_of_their_logs_also_after_a_rest
 
 
 # The clock. A daemon in a process of its own has one that is off by as many seconds as a file says.
-
-DAY = 86_400
-
 
 def test_due_times_that_were_missed_become_one_run_and_the_grid_goes_on(clocked, tmp_path):
     site, set_clock = clocked()
@@ -3383,9 +3242,7 @@ def test_a_clock_that_is_set_back_keeps_no_schedule_waiting(clocked, tmp_path):
 def test_a_clock_at_1970_at_boot_fires_nothing_and_leaves_the_grid_alone(clocked, tmp_path):
     site, set_clock = clocked()
     site.push()
-    schedules = [
-        site.schedule(when=when) for when in ("every 10 minutes", "every 2 to 3 hours", "every monday at 12:30")
-    ]
+    schedules = [site.schedule(when=when) for when in ("every 10 minutes", "every 2 to 3 hours", "every monday at 12:30")]
     began = [due(tmp_path, schedule) for schedule in schedules]
     site.stop()
     set_clock(-time.time() + 1000)
@@ -3402,10 +3259,8 @@ def test_a_clock_at_1970_at_boot_fires_nothing_and_leaves_the_grid_alone(clocked
 def test_finished_jobs_are_forgotten_by_age_also_when_nothing_happens(clocked, tmp_path):
     site, set_clock = clocked("--keep-days", "2")
     site.push(bad="echo x; exit 1")
-    schedule, old = (
-        site.schedule(when="every 9 days"),
-        [site.wait_job(site.schedule("bad"))["identifier"] for _ in range(2)],
-    )
+    schedule = site.schedule(when="every 9 days")
+    old = [site.wait_job(site.schedule("bad"))["identifier"] for _ in range(2)]
     set_clock(1.5 * DAY)
     young = site.wait_job(site.schedule("bad"))["identifier"]
     assert kept_logs(tmp_path) == {young, *old}
@@ -3425,7 +3280,7 @@ def test_every_second_runs_every_second_without_drift(outside, tmp_path):
     site.push()
     schedule = site.schedule(when="every second")
     began = due(tmp_path, schedule)
-    wait_for(lambda: len(runs_of(site, schedule)) >= 3)
+    wait_for(lambda: len(runs_of(site, schedule)) >= 2)
     site.stop()
     saved = kept_jobs(tmp_path)
     runs = [job for job in saved.values() if job["actor"] == "SCHEDULER"]
@@ -3549,8 +3404,8 @@ def test_status_has_values_of_the_right_kind(shop):
 def test_head_answers_like_get_without_the_body(follow_me):
     site, identifier, gate = follow_me
     for path in (*GET_ROUTES, "/", "/robots.txt", f"/get-log/data/{identifier}.out"):
-        full, head = site.request("GET", path), speak(site, head_of(path, "Connection: close", method="HEAD"),
-            has_body=False)
+        full = site.request("GET", path)
+        head = speak(site, head_of(path, "Connection: close", method="HEAD"), has_body=False)
         assert (head[0], head[1]["Content-Type"]) == (200, full[1]["Content-Type"])
         assert abs(int(head[1]["Content-Length"]) - len(full[2])) < 20
     with Line(site) as line:
@@ -3567,11 +3422,9 @@ def test_robots_get_an_answer_without_a_line_in_the_log(site, capfd):
 
 @pytest.mark.parametrize(("path", "word"), [
     ("/nothing", "/list-jobs.json"), ("/schedule.json", "/schedule-job.json"),
-    ("/addversion.json", "/push-project.json"),
-    ("/daemonstatus.json", "/status.json"), ("/listjobs.json", "/list-jobs.json?status=ACTIVE"),
+    ("/addversion.json", "/push-project.json"), ("/listjobs.json", "/list-jobs.json?status=ACTIVE"),
     (f"/get-log/data/{NOBODY}", "ID.err"), (f"/get-log/data/{NOBODY}.log", "ID.err"),
-    ("/get-log/data/ID.err", "identifier"),
-    (f"/get-log/data/../{NOBODY}.err", "ID.err"), ("/" + "x" * 5000, "xxx..."),
+    ("/get-log/data/ID.err", "identifier"), (f"/get-log/data/../{NOBODY}.err", "ID.err"), ("/" + "x" * 5000, "xxx..."),
 ])  # fmt: skip
 def test_unknown_path_is_404_and_says_what_to_ask_for(site, path, word):
     for method in ("GET", "POST"):
@@ -3597,24 +3450,13 @@ def test_wrong_method_is_405_with_allow_and_the_option_of_curl(shop):
     ("/schedule-job.json", b"project=a&project=b", 400, ("'project' is given twice",)),
     ("/schedule-job.json", PLAN_URLENCODED + b"&arg=q=x&y=2", 400, ("'y'", "--data-urlencode")),
     ("/schedule-job.json", PLAN_URLENCODED + b"&args=q", 400, ("'arg'",)),
-    ("/schedule-job.json", PLAN_URLENCODED + b"&timeout=1_0", 400, ("timeout",)),
-    ("/schedule-job.json", PLAN_URLENCODED + b"&arg=a%0Ab=1", 400, ("NAME=VALUE",)),
-    ("/schedule-job.json", PLAN_URLENCODED + b"&arg=a=%00", 400, ("NAME=VALUE",)),
-    ("/schedule-job.json", PLAN_URLENCODED + b"&setting=a-b=1", 400, ("NAME=VALUE",)),
     ("/schedule-job.json", b"project=%ff&spider=b", 400, ("UTF-8",)),
     ("/schedule-job.json", b"%ff=x", 400, ("UTF-8",)),
     ("/schedule-job.json", b'{"project": "shop"}', 400, ("--json",)),
-    ("/schedule-job.json", b"project=shop&spider=quik&when=now", 404, ("did you mean 'quick'",)),
-    ("/schedule-job.json", b"project='shop'&spider=quick&when=now", 404, ("shop",)),
-    ("/schedule-job.json", b"project=shop&spider=quick&when=0+5+*+*+*", 400, ("every day at 5:00",)),
-    ("/schedule-job.json", b"project=shop&spider=quick&when=every", 400, ("quotes",)),
-    ("/push-project.json", make_zip({"a": "b"}), 400, ("zip file", "-F archive=@demo.zip")),
-    ("/push-project.json", b"\x1f\x8b\x08" + bytes(99), 400, ("gzip", "-F archive=@demo.zip")),
-    ("/push-project.json", b"archive=demo.zip", 400, ("@",)),
     ("/push-project.json", b"archive=", 400, ()),
     ("/push-project.json", b"", 400, ("'archive'",)),
     ("/cancel-job.json", b"spider=quick", 400, ("id", "project")),
-    ("/cancel-job.json", QUERY := b"id=" + NOBODY.encode(), 404, ("list-jobs.json", "--completed-cap")),
+    ("/cancel-job.json", b"id=" + NOBODY.encode(), 404, ("list-jobs.json", "--completed-cap")),
     ("/remove-project.json", b"name=toys", 404, ("toys",)),
     ("/remove-project.json?name=shop", b"", 400, ("not in the address",)),
 ])  # fmt: skip
@@ -3676,8 +3518,8 @@ def test_form_multipart_and_json_mean_the_same(shop):
     rich = {"payload": '{"x": [1]}', "timeout": "1.5", "priority": "3", "items": "1", "description": "ż&+ %=\r\n"}
     several = {"arg": ["a=1", "b=ü&+ %"], "setting": ["LOG_LEVEL=INFO"]}
     fields = {**PLAN, **rich, **several}
-    files = [(key, (None, text)) for key, value in fields.items() for text in ([value] if isinstance(value,
-        str) else value)]
+    lists = {key: [value] if isinstance(value, str) else value for key, value in fields.items()}
+    files = [(key, (None, text)) for key, texts in lists.items() for text in texts]
     typed = {**fields, "payload": {"x": [1]}, "timeout": 1.5, "priority": 3, "items": True}
     seen = []
     for options in ({"data": fields}, {"files": files}, {"json": fields}, {"json": typed}):
@@ -3692,9 +3534,8 @@ def test_form_multipart_and_json_mean_the_same(shop):
 
 @pytest.mark.parametrize(("body", "status", "words"), [
     (b'{"project": "a", "project": "b"}', 400, "twice"), (b"[]", 400, "one object"), (b"{", 400, "not JSON"),
-    (b"\xff", 400, "UTF-8"),
-    (b'{"project": ["a", "b"]}', 400, "twice|project"), (b'{"description": "\\ud800"}', 400, "UTF-8"),
-    (b"[" * 100_000, 400, "not JSON"),
+    (b"\xff", 400, "UTF-8"), (b'{"project": ["a", "b"]}', 400, "twice|project"),
+    (b'{"description": "\\ud800"}', 400, "UTF-8"), (b"[" * 100_000, 400, "not JSON"),
     (b'{"args": ["a=1"]}', 400, "'arg'"), (b'{"a": ' + b"1" * 5000 + b"}", 400, ""),
     (b'"' + b"x" * scrapy_do.MIB + b'"', 413, "1 MiB"),
 ])  # fmt: skip
@@ -3763,8 +3604,8 @@ def test_the_client_of_the_original_sends_and_gets_what_it_wants(site):
     site.wait_job(identifier)
     answer = requests.get(url_of(site, "/list-jobs.json"), params={"id": identifier})
     assert (answer.headers["Content-Type"], answer.json()["jobs"][0]["payload"]) == ("application/json", "{}")
-    assert requests.get(url_of(site,
-        f"/get-log/data/{identifier}.out")).headers["Content-Type"] == "text/plain; charset=utf-8"
+    answer = requests.get(url_of(site, f"/get-log/data/{identifier}.out"))
+    assert answer.headers["Content-Type"] == "text/plain; charset=utf-8"
 
 
 def test_a_body_over_the_limit_is_413_and_the_client_sees_that(site, tmp_path, monkeypatch):
@@ -3772,8 +3613,7 @@ def test_a_body_over_the_limit_is_413_and_the_client_sees_that(site, tmp_path, m
     denied(speak(site, head_of("/push-project.json", "Content-Length: 1048577", method="POST")), 413, "--max-upload")
     (tmp_path / "big").write_bytes(bytes(3_000_000))
     for more in ((), ("-H", "Transfer-Encoding: chunked", "-H", "Expect:"), ("-H", "Expect:")):
-        status, answer = curl_of(site, "/push-project.json", "-F", f"archive=@{tmp_path}/big", *more)
-        assert (status, "--max-upload" in answer["msg"]) == (413, True)
+        denied(curl_of(site, "/push-project.json", "-F", f"archive=@{tmp_path}/big", *more), 413, "--max-upload")
     assert os.listdir(tmp_path / "data" / "projects") == []
 
 
@@ -3806,18 +3646,13 @@ def test_an_expectation_is_met_before_the_body_comes_and_only_if_that_is_wanted(
 
 @pytest.mark.parametrize(("head", "status"), [
     (head_of("/", "X: a\rContent-Length: 5"), 400), (head_of("/", "A: b", " folded"), 400),
-    (head_of("/", "a b: c"), 400),
-    (head_of("/", "a : c"), 400), (head_of("/", "nonsense"), 400), (head_of("/", "A: \0"), 400),
-    (head_of("/", "Host: localhost"), 400),
+    (head_of("/", "a b: c"), 400), (head_of("/", "a : c"), 400), (head_of("/", "nonsense"), 400),
+    (head_of("/", "A: \0"), 400), (head_of("/", "Host: localhost"), 400), (head_of("/", "Content-Length: +1"), 400),
     (head_of("/", "Content-Length: 1", "Content-Length: 1", method="POST"), 400),
-    (head_of("/", "Content-Length: +1"), 400),
     (head_of("/", "Content-Length: 1", "Transfer-Encoding: chunked"), 400), (head_of("/", "Content-Length: 1, 1"), 400),
     (head_of("/", "Content-Length: "), 400), (head_of("/", "Transfer-Encoding: gzip, chunked"), 501),
-    (head_of("/", "Transfer-Encoding: "), 501),
-    (b"GET / HTTP/1.1\r\n\r\n", 400), (b"GET /\r\n\r\n", 400), (head_of("/", version="2.0"), 400),
-    (b"\x16\x03\x01\r\n\r\n", 400),
-    (head_of("/" + "x" * 9000), 414), (head_of("/" + "x" * 70_000), 414),
-    (head_of("/", *[f"a{n}: b" for n in range(200)]), 431),
+    (head_of("/", "Transfer-Encoding: "), 501), (b"GET / HTTP/1.1\r\n\r\n", 400), (b"GET /\r\n\r\n", 400),
+    (head_of("/" + "x" * 9000), 414), (head_of("/", *[f"a{n}: b" for n in range(200)]), 431),
     (head_of("/", "a: " + "b" * 70_000), 431), (head_of("/", *["a: " + "b" * 30_000] * 3), 431),
 ])  # fmt: skip
 def test_an_unsound_head_is_refused_and_what_follows_is_no_request(site, head, status):
@@ -3830,11 +3665,11 @@ def test_an_unsound_head_is_refused_and_what_follows_is_no_request(site, head, s
 
 def test_requests_may_be_pipelined_and_bodies_are_not_requests(shop):
     with Line(shop) as line:
-        line.send(head_of() + post_of("/schedule-job.json",
-            PLAN_URLENCODED) + head_of("/nothing") + head_of("/list-projects.json"))
+        schedule = post_of("/schedule-job.json", PLAN_URLENCODED)
+        line.send(head_of() + schedule + head_of("/nothing") + head_of("/list-projects.json"))
         assert [line.answer()[0] for _ in range(4)] == [200, 200, 404, 200]
-    for request in (head_of("/status.json", "Content-Length: 40"), head_of("/nothing", "Transfer-Encoding: chunked",
-        method="POST")):
+    chunked = head_of("/nothing", "Transfer-Encoding: chunked", method="POST")
+    for request in (head_of("/status.json", "Content-Length: 40"), chunked):
         with Line(shop) as line:
             line.send(request + head_of())
             assert line.answer()[1]["Connection"] == "close"
@@ -4060,13 +3895,11 @@ def test_the_host_of_an_absolute_address_counts(site):
 
 @pytest.mark.parametrize(("lines", "status"), [
     ((), 200), (("Origin: http://localhost:5",), 200), (("Origin: http://localhost",), 403),
-    (("Origin: null",), 403), (("Origin: ",), 403),
-    (("Origin: ftp://localhost:5",), 403), (("Origin: localhost:5",), 403), (("Sec-Fetch-Site: same-site",), 403),
-    (("Sec-Fetch-Site: cross-site",), 403),
+    (("Origin: null",), 403), (("Origin: ",), 403), (("Origin: ftp://localhost:5",), 403),
+    (("Sec-Fetch-Site: same-site",), 403), (("Sec-Fetch-Site: cross-site",), 403),
     (("Sec-Fetch-Site: same-origin",), 200), (("Sec-Fetch-Site: none",), 200),
-    (("Origin: https://crawls.example",), 200),
-    (("Origin: https://crawls.example:9",), 403), (("Origin: http://other.example:8080",), 200),
-    (("Origin: http://other.example",), 403),
+    (("Origin: https://crawls.example",), 200), (("Origin: https://crawls.example:9",), 403),
+    (("Origin: http://other.example:8080",), 200), (("Origin: http://other.example",), 403),
     (("Origin: http://localhost:5", "Sec-Fetch-Site: cross-site"), 403),
     (("Origin: http://localhost:5", "Origin: http://evil"), 403),
 ])  # fmt: skip
@@ -4085,8 +3918,7 @@ def test_a_proxy_that_loses_the_port_is_told_how_to_keep_it(shop):
 # Users
 
 
-@pytest.mark.parametrize("user", USERS)
-@pytest.mark.parametrize("way", ["--digest", "--anyauth"])
+@pytest.mark.parametrize(("user", "way"), [*zip(USERS, ("--digest", "--anyauth", "--digest"), strict=True)])
 def test_curl_comes_in_with_a_password(guarded, way, user):
     options = [way, "-u", f"{user}:{USERS[user]}"]
     assert curl_of(guarded, "/list-projects.json?", *options)[0] == 200
@@ -4102,8 +3934,8 @@ def test_requests_and_curl_push_a_large_archive_with_a_password(guarded, tmp_pat
     assert answer.json()["spiders"] == ["quick"]
     (tmp_path / "shop.zip").write_bytes(archive)
     for way in ("--digest", "--anyauth"):
-        assert curl_of(guarded, "/push-project.json", way, "-u", "ala:kot:1", "-F",
-            f"archive=@{tmp_path}/shop.zip")[0] == 200
+        options = (way, "-u", "ala:kot:1", "-F", f"archive=@{tmp_path}/shop.zip")
+        assert curl_of(guarded, "/push-project.json", *options)[0] == 200
 
 
 def test_nothing_but_a_challenge_is_answered_without_a_password(guarded, capfd):
@@ -4150,16 +3982,11 @@ def test_old_nonces_are_forgotten_but_never_good_again(guarded, monkeypatch):
 
 @pytest.mark.parametrize("changes", [
     {"password": "x"}, {"username": "ola"}, {"response": "0" * 64}, {"response": None}, {"uri": "/"},
-        {"qop": "auth-int"}, {"qop": None},
-    {"way": "SHA-512"}, {"cnonce": "d"}, {"realm": "x", "response": "\xfc"}, {"method": "POST"}, {"nonce": None},
-        {"nc": "1"},
+    {"qop": "auth-int"}, {"qop": None}, {"way": "SHA-512"}, {"cnonce": "d"}, {"realm": "x", "response": "\xfc"},
+    {"method": "POST"}, {"nonce": None}, {"nc": "1"},
 ])  # fmt: skip
 def test_a_wrong_digest_is_refused_and_logged(guarded, capfd, changes):
-    changes = dict(changes)
-    nonce = challenge_of(guarded)[0]
-    known = {name: changes.pop(name) for name in ("password", "way", "method") if name in changes}
-    line = digest_line(nonce, **known, **{k: v for k, v in changes.items() if k != "nonce"})
-    line = line.replace(f'nonce="{nonce}", ', "") if "nonce" in changes else line
+    line = digest_line(challenge_of(guarded)[0], **changes)
     denied(speak(guarded, head_of("/status.json", line)), 401, "wrong")
     assert "GET /status.json from 127.0.0.1 got 401" in capfd.readouterr().err
 
@@ -4182,8 +4009,8 @@ def test_strangers_never_keep_users_out(guarded, monkeypatch):
     monkeypatch.setattr(scrapy_do, "PENALTY_SECONDS", 5)
     guarded.limit(max_connections=20)
     bad = digest_line(challenge_of(guarded)[0], password="x")
-    kinds = (b"", b"GET /", head_of(), head_of("/status.json", bad), head_of("/push-project.json",
-        "Content-Length: 99999", method="POST"))
+    push = head_of("/push-project.json", "Content-Length: 99999", method="POST")
+    kinds = (b"", b"GET /", head_of(), head_of("/status.json", bad), push)
     with contextlib.ExitStack() as stack:
         for number in range(256):
             stack.enter_context(Line(guarded)).send(kinds[number % len(kinds)])
@@ -4546,41 +4373,26 @@ def test_a_request_that_arrives_during_a_reload_is_answered_before_it(outside):
     assert [job["identifier"].encode() in answer for job in site.jobs("SCHEDULED")] == [True]
 
 
-def test_no_client_is_refused_or_cut_off_by_a_reload(outside):
-    site, is_over = outside(), threading.Event()
-
-    def ask():
-        answers = 0
-        while not is_over.is_set():
-            answers += site.get("status")["status"] == "ok"
-        return answers
-
-    with concurrent.futures.ThreadPoolExecutor(4) as pool:
-        asked = [pool.submit(ask) for _ in range(4)]
-        for _ in range(int(os.environ.get("RELOAD_ROUNDS", "5"))):
-            site.reload()
-        is_over.set()
-        assert all(done.result() for done in asked)
-
-
-def test_jobs_run_once_each_while_it_is_reloaded_again_and_again(outside, tmp_path):
+def test_jobs_run_once_each_and_no_client_is_refused_while_it_is_reloaded_again_and_again(outside, tmp_path):
     """By hand for longer: RELOAD_ROUNDS=200 python -m pytest -k reloaded_again."""
     site = outside("--completed-cap", "100000")
     note = "echo $SCRAPY_JOB >> $SPIDER_DATA_DIR/runs; "
     site.push(quick=f"{note} exit 3", brief=f"{note} sleep 0.0$(($$ % 10)); exit 4", long=f"{note} sleep 0.5; exit 5")
     stop, sure = threading.Event(), set()
 
-    def ask(client):
+    def ask(client):  # nobody is refused or cut off
         draw = random.Random(client)
         while not stop.is_set():
-            with contextlib.suppress(OSError, http.client.HTTPException):  # its connection was closed by a reload
-                job = site.schedule(draw.choice(["quick", "brief", "brief", "long"]))
-                sure.add(job)
-                if draw.random() < 0.7:  # or there would be ever more
-                    site.wait_job(job)
+            if client == 0:
+                site.get("status")
+                continue
+            job = site.schedule(draw.choice(["quick", "brief", "brief", "long"]))
+            sure.add(job)
+            if draw.random() < 0.7:  # or there would be ever more
+                site.wait_job(job)
 
-    with concurrent.futures.ThreadPoolExecutor(3) as pool:
-        asked = [pool.submit(ask, client) for client in range(3)]
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        asked = [pool.submit(ask, client) for client in range(4)]
         site.schedule(when="every second")
         try:
             for number in range(int(os.environ.get("RELOAD_ROUNDS", "5"))):
@@ -4618,7 +4430,7 @@ def test_a_hang_up_that_nohup_has_ignored_stays_so_and_is_said(outside):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_stop_ends_with_status_0_whatever_it_does_and_puts_jobs_back_in_their_place(outside, tmp_path, number):
-    site = outside("--job-slots", "1", "--kill-after", "0.5")
+    site = outside("--job-slots", "1", "--kill-after", "0.2")
     site.push(stubborn=STUBBORN, note="echo $SCRAPY_JOB")
     first = site.schedule("stubborn")
     crawl, second = crawl_of(site, tmp_path, first), site.schedule("note")
@@ -4681,7 +4493,6 @@ def test_as_the_first_process_of_a_container_it_reaps_what_crawls_leave(outside,
     ("options", "sentence"),
     [
         (["--port", "99999"], "must be a whole number from 0 to 65535, not '99999'"),
-        (["--port", "x"], "must be a whole number from 0 to 65535, not 'x'"),
         (["--job-slots", "0"], "must be a whole number from 1 to 1000, not '0'"),
         (["--keep-mib", "1.5"], "must be a whole number from 0 to"),
         (["--completed-cap", "-1"], "must be a whole number from 1 to"),
@@ -4689,8 +4500,6 @@ def test_as_the_first_process_of_a_container_it_reaps_what_crawls_leave(outside,
         (["--list-timeout", "-1"], "must be a number of seconds"),
         (["--scrapy", ""], "is empty"),
         (["--scrapy", "'"], "--scrapy: No closing quotation"),
-        (["--on-finish", " "], "is empty"),
-        (["--max-upload", "0"], "must be a whole number from 1"),
         (["--colour"], "unrecognized arguments: --colour"),
         (["--po", "1"], "unrecognized arguments: --po 1"),
         (["--tls-key", "x"], "--tls-key and --tls-password-file need --tls-cert"),
@@ -4833,7 +4642,7 @@ def test_the_page_takes_nothing_from_elsewhere_and_makes_no_html_of_what_it_is_t
         assert rule in headers["Content-Security-Policy"]
     page = body.decode()
     assert not re.findall(r"https?:|//\w|innerHTML|insertAdjacent|document\.write|outerHTML|eval\(", page)
-    assert page.count("\n") <= 215
+    assert page.count("\n") <= 210
 
 
 def test_a_browser_pushes_schedules_with_arguments_and_reads_a_log_as_text(browser, site, tmp_path):
@@ -4863,17 +4672,14 @@ def test_a_browser_pushes_schedules_with_arguments_and_reads_a_log_as_text(brows
     browser.fill(when="every moonday")
     browser.click("//button[text()='Schedule']")
     wait_for(lambda: "moonday" in browser.text("message"))
-    messages = [entry["message"] for entry in browser.chrome.get_log("browser")]
-    assert [text for text in messages if "400" not in text and "favicon" not in text] == []
+    assert [log for log in browser.chrome.get_log("browser") if not re.search("400|favicon", log["message"])] == []
 
 
 def test_the_page_draws_the_runs_of_a_schedule_and_cancels_it(browser, site):
     site.push(failing="exit 3")
     plan = site.schedule("failing", "every second")
     wait_for(lambda: len(site.get("list-jobs", status="FAILED", scheduled_by=plan)["jobs"]) >= 2)
-    browser.element("//ul[@id='scheduled']//*[name()='rect'][2]")
-    assert browser.chrome.execute_script(  # SVG by name, coloured by the outcome
-        "return document.querySelector('#scheduled rect.bad title').textContent").endswith("FAILED")
+    browser.element("//ul[@id='scheduled']//div[@role='img']/*[@class='bad'][2][contains(@title, 'FAILED')]")
     browser.element("//ul[@id='failed']//button[text()='by every second']")
     browser.chrome.execute_script("asked = []; confirm = text => asked.push(text)")
     browser.click("//ul[@id='scheduled']//button[text()='cancel']")
@@ -4888,8 +4694,7 @@ def test_the_page_searches_spiders_and_fits_a_telephone(browser, site):
     browser.chrome.find_element("id", "search").send_keys("city17")
     wait_for(lambda: browser.text("projects").splitlines()[:2] == ["shop spiders: 1", "city17"])
     browser.chrome.set_window_size(400, 800)
-    width = "return document.documentElement.scrollWidth <= innerWidth"
-    assert browser.chrome.execute_script(width)
+    assert browser.chrome.execute_script("return document.documentElement.scrollWidth <= innerWidth")
 
 
 # ---- 10. Real Scrapy -------------------------------------------------------------------------------------------------
