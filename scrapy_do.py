@@ -3990,7 +3990,7 @@ const lists = ["RUNNING&limit=200", "PENDING&limit=200", "SCHEDULED", "COMPLETED
 const find = id => document.getElementById(id), fields = find("schedule").elements;
 const post = (path, values) => ask(path, new URLSearchParams(values));
 const runsOf = id => (data.runs.get(id) || []).slice(0, 10);
-let data, now, counts, code, spiders, reading, loaded = 0, turn = 0, next = 0;
+let data, now, counts, code, spiders, reading, loaded = 0, turn = 0, next = 0, gathered = "";
 function make(tag, properties, ...children) {
   const element = Object.assign(document.createElement(tag), properties);
   element.append(...children); return element;
@@ -4020,21 +4020,21 @@ const tell = (moment, ago = seconds(now) - seconds(moment)) => moment.slice(5, 1
   (ago < 0 ? `, in ${lasting(-ago)}` : `, ${lasting(ago)} ago`);
 async function follow({identifier, spider}, stream) {
   const path = `get-log/data/${identifier}.${stream}`, {signal} = reading = new AbortController();
-  const log = find("log"), note = text => { if (!signal.aborted) find("note").textContent = text; };
+  const note = text => { if (!signal.aborted) find("note").textContent = text; };
   Object.assign(find("whole"), {href: path, textContent: `${spider}, ${path}`});
-  log.replaceChildren(); find("viewer").showModal(); note("following");
+  find("log").replaceChildren(); gathered = ""; find("viewer").showModal(); note("following");
   try {
-    const answer = await fetch(`${path}?follow=1&tail=1000`, {signal});
-    const reader = answer.body.pipeThrough(new TextDecoderStream(), {signal}).getReader();
-    for (let piece; !(piece = await reader.read()).done;) {
-      const isAtEnd = log.scrollTop + log.clientHeight >= log.scrollHeight - 40;
-      log.append(piece.value);
-      while (log.textContent.length > 3e5) log.firstChild.remove();  // or it fills the memory
-      if (isAtEnd) log.scrollTop = log.scrollHeight;
-      await new Promise(done => setTimeout(done, 50));  // a crawl may write faster than it is drawn
-    }
+    const log = (await fetch(`${path}?follow=1&tail=1000`, {signal})).body;
+    await log.pipeThrough(new TextDecoderStream()).pipeTo(new WritableStream({write}), {signal});
     note("the end");
   } catch (error) { note(`cut off: ${error.message}`); }
+}
+const write = piece => { if (!gathered) setTimeout(append, 100); gathered += piece; };
+function append() {  // ten times a second: a crawl may write faster than a browser can lay out
+  const log = find("log"), isAtEnd = log.scrollTop + log.clientHeight >= log.scrollHeight - 40;
+  log.append(gathered.slice(-3e5)); gathered = "";
+  while (log.textContent.length > 3e5) log.firstChild.remove();  // or it fills the memory
+  if (isAtEnd) log.scrollTop = log.scrollHeight;
 }
 const colour = ({status, stats}) => status === "FAILED" ? "bad" : status !== "SUCCESSFUL" ? "soft"
   : stats && !stats.items ? "warn" : "good";

@@ -4679,7 +4679,7 @@ def test_the_page_draws_the_runs_of_a_schedule_and_cancels_it(browser, site):
     site.push(failing="exit 3")
     plan = site.schedule("failing", "every second")
     wait_for(lambda: len(site.get("list-jobs", status="FAILED", scheduled_by=plan)["jobs"]) >= 2)
-    browser.element("//ul[@id='scheduled']//div[@role='img']/*[@class='bad'][2][contains(@title, 'FAILED')]")
+    browser.element("//ul[@id='scheduled']//*[@role='img'][@class='bad'][2][contains(@title, 'FAILED')]")
     browser.element("//ul[@id='failed']//button[text()='by every second']")
     browser.chrome.execute_script("asked = []; confirm = text => asked.push(text)")
     browser.click("//ul[@id='scheduled']//button[text()='cancel']")
