@@ -3941,7 +3941,7 @@ def main(argv: list[str] | None = None) -> int:
 
 PAGE = r"""<!doctype html><html lang="en"><meta charset="utf-8"><title>scrapy-do</title>
 <meta name="viewport" content="width=device-width"><style>
-:root { color-scheme: light dark } h2 { margin: 1em 0 .3em } summary, #message { cursor: pointer }
+:root { color-scheme: light dark } h2 { margin: 1em 0 .3em } [type=checkbox] { align-self: start }
 body { max-width: 74rem; margin: auto; padding: .8rem; font: 15px/1.45 system-ui, sans-serif }
 ul { padding: 0; margin: 0 } ul:empty::before { content: attr(data-empty); opacity: .7 }
 li { display: grid; grid-template-columns: 3fr 3fr 2fr 16.5rem; gap: 0 1rem; padding: .35rem 0;
@@ -3953,7 +3953,7 @@ li button { font-size: .85rem; text-align: left; place-self: start } .buttons { 
 pre, #message { white-space: pre-wrap; overflow-wrap: anywhere; overflow: auto; max-height: 75vh }
 dialog { width: min(74rem, 100%); box-sizing: border-box } #log { height: 75vh }
 #message { position: sticky; top: 0; background: Canvas; border: 1px solid; padding: .5rem }
-#message::after { content: " \2715" } #message:empty, .empty .used { display: none }
+#message::after { content: " \2715"; cursor: pointer } #message:empty, .empty .used { display: none }
 .bars i { display: inline-block; width: 6px; margin-right: 2px; background: currentColor }
 .soft { color: light-dark(#666, #aaa) } .good { color: light-dark(#1a7f37, #56d364) }
 .bad { color: light-dark(#c62828, #ff8078) } .warn { color: light-dark(#a86400, #e3b341) }
