@@ -3953,7 +3953,7 @@ li button { font-size: .85rem; text-align: left; place-self: start } .buttons { 
 pre, #message { white-space: pre-wrap; overflow-wrap: anywhere; overflow: auto; max-height: 75vh }
 dialog { width: min(74rem, 100%); box-sizing: border-box } #log { height: 75vh }
 #message { position: sticky; top: 0; background: Canvas; border: 1px solid; padding: .5rem }
-#message::after { content: " \2715"; cursor: pointer } #message:empty, .empty .used { display: none }
+#message::after { content: "\2715"; cursor: pointer } #message:empty, .empty .used { display: none }
 .bars i { display: inline-block; width: 6px; margin-right: 2px; background: currentColor }
 .soft { color: light-dark(#666, #aaa) } .good { color: light-dark(#1a7f37, #56d364) }
 .bad { color: light-dark(#c62828, #ff8078) } .warn { color: light-dark(#a86400, #e3b341) }
