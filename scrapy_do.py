@@ -3305,26 +3305,23 @@ def main(argv: list[str] | None = None) -> int:
 
 PAGE = r"""<!doctype html><html lang="en"><meta charset="utf-8"><title>scrapy-do</title>
 <meta name="viewport" content="width=device-width"><style>
-:root { color-scheme: light dark; font: 15px/1.45 system-ui, sans-serif }
-body { max-width: 74rem; margin: 0 auto; padding: .8rem } h1 { font-size: 1.3rem; margin: 0 }
-h2 { font-size: 1.05rem; margin: 1.6rem 0 .3rem } summary { cursor: pointer; padding: .15rem 0 }
+:root { color-scheme: light dark } h2 { margin: 1em 0 .3em } [type=checkbox] { align-self: start }
+body { max-width: 74rem; margin: auto; padding: .8rem; font: 15px/1.45 system-ui, sans-serif }
 ul { padding: 0; margin: 0 } ul:empty::before { content: attr(data-empty); opacity: .7 }
 li { display: grid; grid-template-columns: 3fr 3fr 2fr 16.5rem; gap: 0 1rem; padding: .35rem 0;
   border-top: 1px solid #8884; overflow-wrap: anywhere } .wide { grid-template-columns: 1fr auto }
+li > *, label, input, select, textarea, button { min-width: 0; max-width: 100%; font: inherit }
 label { display: flex; flex-direction: column; flex: 1 1 15rem; font-size: .85rem }
-li > *, label, input, select, textarea, button { min-width: 0; max-width: 100% }
-input, select, textarea, button { font: inherit; padding: .25rem .5rem }
-form, .buttons { display: flex; flex-wrap: wrap; gap: .5rem; align-items: end; margin: .3rem 0 }
-.buttons { justify-content: end; align-content: start; margin: 0; gap: .3rem }
-li button { font-size: .85rem; justify-self: start; align-self: start; text-align: left }
+form, .buttons { display: flex; flex-wrap: wrap; gap: .4rem; align-items: end; margin: .3rem 0 }
+li button { font-size: .85rem; text-align: left; place-self: start } .buttons { margin: 0 }
 pre, #message { white-space: pre-wrap; overflow-wrap: anywhere; overflow: auto; max-height: 75vh }
 dialog { width: min(74rem, 100%); box-sizing: border-box } #log { height: 75vh }
 #message { position: sticky; top: 0; background: Canvas; border: 1px solid; padding: .5rem }
-#message::after { content: " \2715"; cursor: pointer } [aria-busy=true] { opacity: .5 }
-#message:empty, .empty .used { display: none } .warn { color: light-dark(#a86400, #e3b341) }
+#message::after { content: "\2715"; cursor: pointer } #message:empty, .empty .used { display: none }
+.bars i { display: inline-block; width: 6px; margin-right: 2px; background: currentColor }
 .soft { color: light-dark(#666, #aaa) } .good { color: light-dark(#1a7f37, #56d364) }
-.bad { color: light-dark(#c62828, #ff8078) } [type=checkbox] { align-self: start }
-@media (max-width: 50rem) { li { display: block } .buttons { justify-content: start } }
+.bad { color: light-dark(#c62828, #ff8078) } .warn { color: light-dark(#a86400, #e3b341) }
+@media (max-width: 50rem) { li { display: block } } [aria-busy=true] { opacity: .5 }
 </style>
 <h1>scrapy-do</h1><div id="status" class="soft"></div><div id="message" role="status"></div>
 <details id="new" class="used"><summary>Run or schedule a spider</summary><form id="schedule">
@@ -3337,9 +3334,8 @@ dialog { width: min(74rem, 100%); box-sizing: border-box } #log { height: 75vh }
   <label>Time limit, s<input name="timeout"></label><label>Priority<input name="priority"></label>
   <label>Items to .out<input name="items" type=checkbox value="1"></label><button>Schedule</button>
 </form></details><details id="pushing"><summary>Push a project</summary><form id="push">
-  <label>A zip of the folder that has scrapy.cfg in it; choose it here, or push it by curl
-    <input type="file" name="archive" accept=".zip" required></label><button>Push</button></form>
-  <pre id="curl">git archive -o project.zip HEAD
+  <label>A zip of the project<input type="file" name="archive" accept=".zip" required></label>
+  <button>Push</button></form>Or by curl:<pre id="curl">git archive -o project.zip HEAD
 curl -sS -F archive=@project.zip </pre></details>
 <main class="used">
   <label>Search for spiders, projects or identifiers<input type="search" id="search"></label>
@@ -3351,13 +3347,13 @@ curl -sS -F archive=@project.zip </pre></details>
 <dialog id="viewer" aria-labelledby="whole"><form method="dialog">
   <a id="whole" target="_blank"></a><span id="note" role="status" class="soft"></span>
   <button>Close</button></form><pre id="log" tabindex="0"></pre></dialog>
-<p hidden><svg role=img width=80 height=22 fill=currentColor><rect width=6><title/></rect></svg></p>
 <noscript>This page needs JavaScript; curl does not.</noscript><script>"use strict";
 // Whatever comes from outside goes into the page as text, never as HTML.
-const LOG_LINES = 5000, LOG_LENGTH = 1e6;  // a crawl of days would fill the browser's memory
 const sizes = {running: 50, failed: 5, scheduled: 20, finished: 20, projects: 20};  // rows shown
-const svg = document.querySelector("svg"), find = id => document.getElementById(id);
-const fields = find("schedule").elements, form = values => new URLSearchParams(values);
+const lists = ["RUNNING&limit=200", "PENDING&limit=200", "SCHEDULED", "COMPLETED&limit=500"];
+const find = id => document.getElementById(id), fields = find("schedule").elements;
+const post = (path, values) => ask(path, new URLSearchParams(values));
+const runsOf = id => (data.runs.get(id) || []).slice(0, 10);
 let data, now, counts, code, spiders, reading, loaded = 0, turn = 0, next = 0, gathered = "";
 function make(tag, properties, ...children) {
   const element = Object.assign(document.createElement(tag), properties);
@@ -3381,88 +3377,69 @@ async function act(event, work) {
   try { await work(); } catch (error) { say(error.message, "bad"); }
   pressed.ariaBusy = "false"; await refresh(true);
 }
-// Times are local ones of the daemon, and so is "now".
-const seconds = moment => Date.parse(moment.slice(0, 19).replace(" ", "T") + "Z") / 1000;
+const seconds = local => Date.parse(local.slice(0, 19).replace(" ", "T") + "Z") / 1000;
 const lasting = length => length < 120 ? `${length} s` : length < 7200 ? `${length / 60 | 0} min`
   : length < 172800 ? `${length / 3600 | 0} h` : `${length / 86400 | 0} d`;
-const tell = (moment, ago = seconds(now) - seconds(moment)) =>
-  moment.slice(moment.slice(0, 10) === now.slice(0, 10) ? 11 : 5, 19) +
+const tell = (moment, ago = seconds(now) - seconds(moment)) => moment.slice(5, 19) +
   (ago < 0 ? `, in ${lasting(-ago)}` : `, ${lasting(ago)} ago`);
-
 async function follow({identifier, spider}, stream) {
   const path = `get-log/data/${identifier}.${stream}`, {signal} = reading = new AbortController();
   const note = text => { if (!signal.aborted) find("note").textContent = text; };
   Object.assign(find("whole"), {href: path, textContent: `${spider}, ${path}`});
   find("log").replaceChildren(); gathered = ""; find("viewer").showModal(); note("following");
   try {
-    const answer = await fetch(`${path}?follow=1&tail=1000`, {signal});
-    if (!answer.ok) throw new Error((await answer.json()).msg);
-    const text = answer.body.pipeThrough(new TextDecoderStream());
-    await text.pipeTo(new WritableStream({write: gather}), {signal});
+    const log = (await fetch(`${path}?follow=1&tail=1000`, {signal})).body;
+    await log.pipeThrough(new TextDecoderStream()).pipeTo(new WritableStream({write}), {signal});
     note("the end");
   } catch (error) { note(`cut off: ${error.message}`); }
 }
-const gather = piece => { if (!gathered) setTimeout(append, 100); gathered += piece; };
+const write = piece => { if (!gathered) setTimeout(append, 100); gathered += piece; };
 function append() {  // ten times a second: a crawl may write faster than a browser can lay out
   const log = find("log"), isAtEnd = log.scrollTop + log.clientHeight >= log.scrollHeight - 40;
-  const isLong = text => text.length > LOG_LENGTH || text.split("\n").length > LOG_LINES;
-  log.append(gathered.split("\n").slice(-LOG_LINES).join("\n").slice(-LOG_LENGTH)); gathered = "";
-  while (log.childNodes.length > 1 && isLong(log.textContent)) log.firstChild.remove();
+  log.append(gathered.slice(-3e5)); gathered = "";
+  while (log.textContent.length > 3e5) log.firstChild.remove();  // or it fills the memory
   if (isAtEnd) log.scrollTop = log.scrollHeight;
 }
 const colour = ({status, stats}) => status === "FAILED" ? "bad" : status !== "SUCCESSFUL" ? "soft"
   : stats && !stats.items ? "warn" : "good";
-const results = ({stats}) => stats ? ["items", "responses", "errors"].map(name =>
-  `${stats[name].toLocaleString("en")} ${name}`).join(", ") : "no statistics";
-function bars(runs) {
-  const logs = runs.map(run => Math.log1p(run.stats?.items || 0)), most = Math.max(...logs) || 1;
-  const all = svg.cloneNode(), drawn = runs.map((run, index) => {
-    const bar = svg.firstChild.cloneNode(true), height = 3 + 19 * logs[index] / most;
-    const look = {x: 72 - 8 * index, y: 22 - height, height, class: colour(run)};
-    for (const name in look) bar.setAttribute(name, look[name]);
-    bar.firstChild.textContent = `${(run.started || run.timestamp).slice(0, 19)}, took ` +
-      `${lasting(run.duration || 0)}, ${results(run)}, ${run.status}`;
-    return bar;
-  });
-  all.append(...drawn);
-  return Object.assign(all, {ariaLabel: drawn.map(bar => bar.textContent).join("; ")});
+const results = ({stats, duration}) => `took ${lasting(duration || 0)}, ` + (stats ?
+  `${stats.items} items, ${stats.responses} responses, ${stats.errors} errors` : "no statistics");
+function bars(runs) {  // the oldest on the left; the height is the logarithm of the items
+  const log = run => Math.log1p(run.stats?.items || 0), most = Math.max(...runs.map(log)) || 1;
+  return make("div", {className: "bars"}, ...runs.toReversed().map(run => make("i", {role: "img",
+    className: colour(run), style: `height: ${3 + 19 * log(run) / most}px`,
+    title: `${run.started || run.timestamp}, ${results(run)}, ${run.status}`})));
 }
 function jobRow(job) {
   const {identifier: id, spider, status, scheduled_by: origin} = job, about = `${spider} ${id}`;
-  const isPlan = status === "SCHEDULED", runs = data.runs.get(id) || [];
-  const logged = isPlan ? runs[0] : job, isActive = /SCHEDULED|PENDING|RUNNING/.test(status);
+  const isPlan = status === "SCHEDULED", runs = runsOf(id), logged = isPlan ? runs[0] : job;
   const who = make("div", {}, make("details", {}, make("summary", {}, make("b", {}, spider),
     ` ${job.project}`), make("pre", {}, JSON.stringify(job, null, 1))), line(job.description));
   if (origin) who.append(button("by " + (data.specs.get(origin) || "a former schedule"),
     () => { find("search").value = origin; paint(); find("search").focus(); }, about));
-  const what = make("div", {}, line(isPlan ? job.schedule : job.reason || status, colour(job)));
-  what.append(runs.length ? bars(runs) : "", line(logged?.duration == null ? "" : results(logged)));
-  const at = make("div", {}, make("time", {dateTime: job.next_run || job.started || job.timestamp}),
-    line(job.duration === null ? "" : `took ${lasting(job.duration)}`));
+  const what = make("div", {}, line(isPlan ? job.schedule : job.reason || status, colour(job)),
+    runs.length ? bars(runs) : "", line(logged?.duration == null ? "" : results(logged)));
+  const at = make("time", {dateTime: job.next_run || job.started || job.timestamp});
   const acts = make("div", {className: "buttons"});
   if (logged?.started) acts.append(button("log", () => follow(logged, "err"), about),
     button("out", () => follow(logged, "out"), about));
-  acts.append(button(id.slice(0, 8), () => copy(id), "copy the identifier of " + about));
-  if (isActive) acts.append(button("cancel", event => confirm(`Cancel ${spider}, ${job.schedule}?`)
-    && act(event, () => ask("cancel-job.json", form({id}))), about));
+  acts.append(button(id.slice(0, 8), () => prompt("Identifier", id), "identifier of " + about));
+  if (/SCHEDULED|PENDING|RUNNING/.test(status)) acts.append(button("cancel", it => confirm(
+    `Cancel ${spider}, ${job.schedule}?`) && act(it, () => post("cancel-job.json", {id})), about));
   return make("li", {}, who, what, at, acts);
 }
 function projectRow({name, found, open}) {
   const about = make("summary", {}, make("b", {}, name), ` spiders: ${found.length}`);
   const remove = button("remove", event => confirm(`Remove the project ${name}?`)
-    && act(event, () => ask("remove-project.json", form({name}))), name);
-  const names = found.length > 200 ? [...found.slice(0, 200), "others: search for them"] : found;
-  return make("li", {className: "wide"}, make("details", {open}, about, names.join(", ")), remove);
+    && act(event, () => post("remove-project.json", {name})), name);
+  return make("li", {className: "wide"}, make("details", {open}, about, found.join(", ")), remove);
 }
-const copy = text => !navigator.clipboard ? prompt("Copy the identifier:", text)  // without HTTPS
-  : navigator.clipboard.writeText(text).then(() => say(`${text} is copied.`));
 function show(id, records, row) {  // a row that says the same stays: no button goes under the mouse
   const list = find(id), focus = document.activeElement, rest = records.length - sizes[id];
   const old = new Map([...list.children].map(row => [row.text, row]));
-  const wanted = records.slice(0, sizes[id]).map(record => {
-    const others = [data.specs.get(record.scheduled_by), data.runs.get(record.identifier)];
-    const text = JSON.stringify([record, others]);
-    return old.get(text) || Object.assign(row(record), {text});
+  const wanted = records.slice(0, sizes[id]).map(it => {
+    const text = JSON.stringify([it, data.specs.get(it.scheduled_by), runsOf(it.identifier)]);
+    return old.get(text) || Object.assign(row(it), {text});
   });
   if (rest > 0) wanted.push(make("li", {className: "wide", text: rest}, button(`${rest} more`,
     () => { sizes[id] += 100; paint(); }, id)));
@@ -3475,9 +3452,9 @@ function paint() {
   const word = find("search").value.trim().toLowerCase(), has = s => s.toLowerCase().includes(word);
   for (const id of ["running", "failed", "scheduled", "finished"])
     show(id, data[id].filter(job => word === "" || has(Object.values(job).join(" "))), jobRow);
-  show("projects", [...spiders].map(([name, all]) => ({name, open: word !== "",
-    found: has(name) ? all : all.filter(has)}))
-    .filter(({name, found}) => has(name) || found.length), projectRow);
+  const projects = [...spiders].map(([name, all]) => ({name, open: word !== "",
+    found: all.filter(spider => has(`${name} ${spider}`))}));
+  show("projects", projects.filter(({found}) => found.length), projectRow);
   for (const each of document.querySelectorAll("time")) each.textContent = tell(each.dateTime);
 }
 function offer() {  // browsers are slow with thousands of options
@@ -3487,20 +3464,17 @@ function offer() {  // browsers are slow with thousands of options
 async function loadSpiders() {
   const {projects} = await ask("list-projects.json"), chosen = fields.project.value;
   spiders = new Map(await Promise.all(projects.map(async project =>
-    [project, (await ask(`list-spiders.json?${form({project})}`)).spiders])));
+    [project, (await ask(`list-spiders.json?project=${encodeURIComponent(project)}`)).spiders])));
   fields.project.replaceChildren(...options(projects));
   if (spiders.has(chosen)) fields.project.value = chosen;
 }
-async function load() {
-  const lists = ["RUNNING&limit=200", "PENDING&limit=200", "SCHEDULED", "COMPLETED&limit=500"];
-  const [running, waiting, scheduled, finished] = await Promise.all(lists.map(async list =>
-    (await ask(`list-jobs.json?status=${list}`)).jobs));
-  const runs = new Map(), specs = new Map(scheduled.map(job => [job.identifier, job.schedule]));
-  for (const job of finished)
-    runs.set(job.scheduled_by, [...runs.get(job.scheduled_by) || [], job].slice(0, 10));
+const jobsIn = async list => (await ask(`list-jobs.json?status=${list}`)).jobs;
+function arrange([running, waiting, scheduled, finished]) {
   scheduled.sort((one, other) => one.next_run < other.next_run ? -1 : 1);
-  return {running: [...running, ...waiting], scheduled, finished, runs, specs,
-    failed: finished.filter(job => job.status === "FAILED")};
+  return {running: [...running, ...waiting], scheduled, finished,
+    failed: finished.filter(job => job.status === "FAILED"),
+    runs: Map.groupBy(finished, job => job.scheduled_by),
+    specs: new Map(scheduled.map(job => [job.identifier, job.schedule]))};
 }
 async function refresh(isForced) {
   const mine = ++turn, begun = performance.now(); next = Infinity;
@@ -3510,9 +3484,9 @@ async function refresh(isForced) {
     now = status.time;
     if (isForced || news !== counts || begun > loaded + 30000) {
       if (isForced || projects !== code) await loadSpiders();
-      const found = await load();
+      const found = await Promise.all(lists.map(jobsIn));
       if (mine !== turn) return;
-      [data, counts, code, loaded] = [found, news, projects, begun];
+      [data, counts, code, loaded] = [arrange(found), news, projects, begun];
     }
     find("status").textContent = `${status.hostname}, up ${status.uptime}, ${now.slice(0, 19)}: ` +
       ["running", "pending", "scheduled"].map(it => `${status["jobs-" + it]} ${it}`).join(", ");
@@ -3521,13 +3495,11 @@ async function refresh(isForced) {
   } catch (error) { find("status").textContent = `The daemon does not answer: ${error.message}`; }
   next = begun + 11 * (performance.now() - begun);  // spares a daemon that is busy
 }
-
 find("schedule").onsubmit = event => act(event, async () => {
   const lines = [...new FormData(event.target)].flatMap(([name, value]) =>
     (/arg|setting/.test(name) ? value.split("\n") : [value]).map(each => [name, each.trim()]));
-  const made = await ask("schedule-job.json", form(lines.filter(([, value]) => value)));
-  say([made.next_run ? `Next run: ${made.next_run.slice(0, 19)}` : "It starts when a slot is free.",
-    ...made.warnings || []].join("\n"));
+  const made = await post("schedule-job.json", lines.filter(([, value]) => value));
+  say([`Next run: ${made.next_run || "when a slot is free"}`, ...made.warnings || []].join("\n"));
 });
 find("push").onsubmit = event => act(event, async () => {
   say("Pushing...");

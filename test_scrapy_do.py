@@ -71,6 +71,19 @@ case "$1" in
     crawl) name="$2"; shift 2; . "./$name.sh" ;;
 esac
 """
+HOLD = "echo started; while [ ! -e $SPIDER_DATA_DIR/go ]; do sleep 0.02; done"  # until release
+POLITE = "trap 'echo bye; exit 0' TERM; echo started; while :; do sleep 0.02; done"
+STUBBORN = "trap 'echo asked' TERM; echo started; while :; do sleep 0.02; done"
+NOTE = "echo $! >> $SPIDER_DATA_DIR/pids"
+
+
+def release(tmp_path):
+    (tmp_path / "data/spider-data/go").touch()
+
+
+def until(gate):
+    """Return the line of a shell script that waits for a file."""
+    return f"until [ -e '{gate}' ]; do sleep 0.02; done\n"
 
 
 def wait_for(condition, seconds=30.0):
@@ -83,31 +96,56 @@ def wait_for(condition, seconds=30.0):
         time.sleep(0.01)
 
 
-def make_zip(files):
-    """Return a zip archive of a dictionary of names and contents."""
+def pack(*entries, method=zipfile.ZIP_DEFLATED):
+    """Return a zip archive of (name, content[, mode]), also of what ZipFile only warns of."""
     buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as bundle:
-        for name, content in files.items():
-            bundle.writestr(name, content)
+    with zipfile.ZipFile(buffer, "w") as bundle, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for name, content, *mode in entries:
+            info = zipfile.ZipInfo(name)
+            info.create_system, info.external_attr = 3, (mode or [0o100644])[0] << 16
+            info.compress_type = method
+            bundle.writestr(info, content)
     return buffer.getvalue()
 
 
-def stub_project(name="shop", folder="", settings="", **spiders):
+def make_zip(files):
+    return pack(*files.items())
+
+
+def stub_project(name="shop", folder="", settings="", more=(), **spiders):
     """Return an archive for the stub: a shell script for each spider; `quick` is always there."""
     spiders = {"quick": "exit 0", **spiders}
     config = f"[settings]\ndefault = {settings}\n[deploy]\nproject = {name}\n"
-    files = {"scrapy.cfg": config, "spiders.txt": "\n".join(spiders), "code.py": "x = 1\n"}
+    files = {"scrapy.cfg": config, "spiders.txt": "\n".join(spiders), "code.py": "x = 1\n", **dict(more)}
     files |= {f"{spider}.sh": script + "\n" for spider, script in spiders.items()}
     return make_zip({folder + path: content for path, content in files.items()})
 
 
-class Client:
-    """Speak to a daemon at `port`."""
+def big_project(size):
+    return stub_project(more={"big.bin": random.Random(1).randbytes(size)})
 
+
+def real_project(folder="", **files):
+    """Return the archive of a project for real Scrapy: `files` are modules of it, by their names."""
+    files = {"__init__": "", "spiders/__init__": "", "settings": "SPIDER_MODULES = ['shop.spiders']\n", **files}
+    cfg = "[settings]\ndefault = shop.settings\n[deploy:vps]\nproject = shop\n"
+    code = {f"{folder}shop/{name}.py": text for name, text in files.items()}
+    return make_zip({f"{folder}scrapy.cfg": cfg, **code})
+
+
+def folder_contents(folder):
+    """Return what a folder holds, all the way down: names, modes, bytes."""
+    return {
+        str(path.relative_to(folder)): (oct(path.lstat().st_mode), path.read_bytes() if path.is_file() else None)
+        for path in sorted(folder.rglob("*"))
+    }
+
+
+class Client:
     port = 0
 
     def request(self, method, path, body=None, headers=None):
-        """Return the status, the headers and the body of one answer."""
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
         try:
             connection.request(method, path, body, headers or {})
@@ -117,47 +155,38 @@ class Client:
             connection.close()
 
     def call(self, method, path, body=None, headers=None):
-        """Return the status and the JSON of one answer."""
         status, headers, data = self.request(method, path, body, headers)
         assert headers["Content-Type"] == "application/json"
         assert data.endswith(b"}\n")
         return status, json.loads(data)
 
     def get(self, path, **query):
-        """Return the JSON of a GET that must succeed."""
         status, answer = self.call("GET", f"/{path}.json?{urllib.parse.urlencode(query)}")
         assert (status, answer["status"]) == (200, "ok"), answer
         return answer
 
     def try_post(self, path, **fields):
-        """Return the status and the JSON of a POST."""
         headers = {"Content-Type": "application/x-www-form-urlencoded"}
         return self.call("POST", f"/{path}.json", urllib.parse.urlencode(fields, doseq=True), headers)
 
     def post(self, path, **fields):
-        """Return the JSON of a POST that must succeed."""
         status, answer = self.try_post(path, **fields)
         assert (status, answer["status"]) == (200, "ok"), answer
         return answer
 
     def try_push(self, archive):
-        """Return the status and the JSON of a push."""
         return self.try_post("push-project", archive=archive)
 
     def push(self, *args, **spiders):
-        """Push a stub project, or an archive, and return the answer."""
         return self.post("push-project", archive=args[0] if args else stub_project(**spiders))
 
     def schedule(self, spider="quick", when="now", project="shop", **fields):
-        """Schedule a job and return its identifier."""
         return self.post("schedule-job", project=project, spider=spider, when=when, **fields)["identifier"]
 
     def job(self, identifier):
-        """Return a job."""
         return self.get("list-jobs", id=identifier)["jobs"][0]
 
     def jobs(self, status):
-        """Return the jobs in a status."""
         return self.get("list-jobs", status=status)["jobs"]
 
     def wait_job(self, identifier, *statuses):
@@ -166,7 +195,6 @@ class Client:
         return wait_for(lambda: (job := self.job(identifier))["status"] in wanted and job)
 
     def log(self, identifier, stream="err"):
-        """Return a job's log."""
         status, headers, data = self.request("GET", f"/get-log/data/{identifier}.{stream}")
         assert (status, headers["Content-Type"]) == (200, "text/plain; charset=utf-8")
         return data.decode()
@@ -187,12 +215,10 @@ class Inside(Client):
         self.thread.start()
 
     def limit(self, **rules):
-        """Change the rules of the server."""
         self.server.rules = self.server.rules._replace(**rules)
         self.server.guard = scrapy_do.Guard(self.server.rules)
 
     def close(self):
-        """Stop it as main does."""
         self.wake.send(b"x")
         self.thread.join()
         self.signals.close()
@@ -213,7 +239,6 @@ class Outside(Client):
         self.start()
 
     def start(self):
-        """Start the process, and wait until it says where it listens."""
         began = self.log_bytes()
         command = [*self.command, "--port", "0", "--data-dir", str(self.folder / "data"), *self.options]
         with open(self.log_path, "ab") as log:
@@ -221,12 +246,9 @@ class Outside(Client):
         self.wait_until_it_listens(began)
 
     def log_bytes(self):
-        """Return how much the process has logged."""
         return self.log_path.stat().st_size if self.log_path.exists() else 0
 
     def wait_until_it_listens(self, began):
-        """Wait until it says where it listens, after so many bytes of its log."""
-
         def address():
             assert self.process.poll() is None, self.log_path.read_text()
             return re.search(r"listens on https?://\S+:([0-9]+) ", self.log_path.read_text()[began:])
@@ -240,26 +262,305 @@ class Outside(Client):
         return functools.partial(self.wait_until_it_listens, began)
 
     def reload(self):
-        """Have it executed anew in the same process."""
         self.hang_up()()
 
     def stop(self, number=signal.SIGTERM, seconds=30):
-        """Send a signal and return the exit status."""
         self.process.send_signal(number)
         return self.process.wait(seconds)
 
     def kill(self):
-        """End it without a word, as a power cut would."""
         self.stop(signal.SIGKILL)
 
     def close(self):
-        """End it, if it still runs."""
         try:
             if self.process.poll() is None:
                 self.stop()
         finally:
             self.process.kill()
             self.process.wait()
+
+
+def denied(answer, status, *words):
+    """Assert that an answer is an error as the contract wants it, with these words, and return its message."""
+    if isinstance(answer, requests.Response):
+        answer = answer.status_code, answer.headers, answer.content
+    found, *headers, document = answer
+    if headers:
+        assert (headers[0]["Content-Type"], document[-2:]) == ("application/json", b"}\n")
+        document = json.loads(document)
+    assert (found, document["status"], document.keys()) == (status, "error", {"status", "msg"}), document
+    assert [word for word in words if word not in document["msg"]] == [], document["msg"]
+    return document["msg"]
+
+
+def run_main(*options, **more):
+    done = subprocess.run([sys.executable, str(MODULE), *options], capture_output=True, text=True, timeout=30, **more)
+    return done.returncode, done.stdout + done.stderr
+
+
+def start_refused(folder, *words):
+    """Check that a daemon does not start on a folder, says so in a line, and changes no file there."""
+
+    def contents():
+        paths = [path for path in folder.rglob("*") if path.name != "lock"]
+        return {path: path.read_bytes() if path.is_file() else path.lstat().st_mode for path in paths}
+
+    before = contents()
+    status, said = run_main("--port", "0", "--data-dir", str(folder))
+    assert (status, said.count("\n")) == (1, 1), said
+    assert [word for word in words if word not in said] == [], said
+    assert contents().items() >= before.items()
+
+
+def running(client, spider, **fields):
+    """Schedule a crawl, and return its identifier when it has begun to talk."""
+    job = client.schedule(spider, **fields)
+    wait_for(lambda: client.job(job)["status"] == "RUNNING" and "started" in client.log(job, "out"))
+    return job
+
+
+def crawl_of(site, tmp_path, job):
+    """Return the process of a job that has begun to talk, as the state file knows it."""
+    wait_for(lambda: site.job(job)["status"] == "RUNNING" and "started" in site.log(job, "out"))
+    return psutil.Process(kept_jobs(tmp_path)[job]["pid"])
+
+
+def output_of(client, spider, project="shop"):
+    """Run a spider, which must succeed, and return what it has printed."""
+    job = client.wait_job(client.schedule(spider, project=project))
+    assert job["status"] == "SUCCESSFUL", (job, client.log(job["identifier"]))
+    return client.log(job["identifier"], "out")
+
+
+def runs_of(client, schedule, status="COMPLETED"):
+    return client.get("list-jobs", status=status, scheduled_by=schedule)["jobs"]
+
+
+def check_counts(status):
+    """The counters of status.json must add up."""
+    ended = status["jobs-successful"] + status["jobs-failed"] + status["jobs-canceled"]
+    assert status["jobs-run"] == ended + status["jobs-running"], status
+
+
+def kept_records(path):
+    """Return the projects and the jobs in a state file, each a dictionary; it may be half written just then."""
+
+    def document():
+        with contextlib.suppress(ValueError):
+            return json.loads(path.read_text())
+
+    projects, jobs = {}, {}
+    for record in itertools.chain(*wait_for(document)["changes"]):
+        group, key = (jobs, record["identifier"]) if "identifier" in record else (projects, record["name"])
+        group[key] = record
+        if record.get("gone"):
+            del group[key]
+    return projects, jobs
+
+
+def kept_jobs(tmp_path):
+    return kept_records(tmp_path / "data/state.json")[1]
+
+
+SPANS = itertools.count(900, -1)
+
+
+def wake_timer(client):
+    """Have the timer look at the clock, as it does once a minute by itself: a schedule due before all others."""
+    client.schedule(when=f"every {next(SPANS)} seconds")
+
+
+def due(tmp_path, schedule):
+    return kept_jobs(tmp_path)[schedule]["due"]
+
+
+def kept_logs(tmp_path):
+    return {path.stem for path in (tmp_path / "data/logs").iterdir()}
+
+
+def is_gone(pid):
+    try:
+        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
+
+
+def crawls_of(data):
+    """Return the name and the environment of each process that the daemon of a folder has started."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if process.environ().get("SPIDER_DATA_DIR") == str(data / "spider-data") and process.pid != os.getpid():
+                found.append((process.name(), process.environ()))
+    return found
+
+
+def noted(tmp_path, name="pids"):
+    path = tmp_path / "data/spider-data" / name
+    return path.read_text().split() if path.exists() else []
+
+
+def living(tmp_path):
+    return [pid for pid in map(int, noted(tmp_path)) if not is_gone(pid)]
+
+
+def said(site, *words):
+    wait_for(lambda: all(word in site.log_path.read_text() for word in words))
+
+
+def make_job(number=1, **fields):
+    values = {"actor": "USER", "schedule": "now", "project": "shop", "spider": "quick", "timestamp": 1.5}
+    return scrapy_do.Job(f"{number:08x}-9b3c-4b52-a9e0-0d8fcd1cf001", scrapy_do.Status.PENDING, **{**values, **fields})
+
+
+# HTTP by hand and by curl
+
+NOBODY = "01234567-89ab-cdef-0123-456789abcdef"
+URLENCODED, JSON = "application/x-www-form-urlencoded", "application/json"
+MULTIPART = "multipart/form-data; boundary=xYz"
+USERS = {"ala": "kot:1", "żółw": "hasło", "o'hara \"x\"": "a\\b"}
+
+
+class Line:
+    """A connection on which a test says exactly which bytes are sent, and when."""
+
+    def __init__(self, site):
+        self.socket = socket.create_connection(("127.0.0.1", site.port), 30)
+        self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.file = self.socket.makefile("rb")
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.file.close()
+        self.socket.close()
+
+    def send(self, data):
+        with contextlib.suppress(ConnectionError):
+            self.socket.sendall(data)
+
+    def answer(self, has_body=True):
+        """Return the status, the headers and the body of the next answer."""
+        words = self.file.readline().split(None, 2)
+        assert words, "the connection was closed without an answer"
+        assert words[0] == b"HTTP/1.1"
+        headers = http.client.parse_headers(self.file)
+        length = int(headers["Content-Length"]) if has_body and words[1] != b"100" else 0
+        body = self.file.read(length)
+        assert len(body) == length
+        return int(words[1]), headers, body
+
+    def is_closed(self):
+        """Tell whether the daemon has said all, and nothing but the answers read so far."""
+        try:
+            return self.file.read(1) == b""
+        except ConnectionError:
+            return True
+
+
+def speak(site, data, has_body=True):
+    with Line(site) as line:
+        line.send(data)
+        return line.answer(has_body)
+
+
+def head_of(path="/status.json", *lines, method="GET", version="1.1", host="localhost"):
+    return "\r\n".join([f"{method} {path} HTTP/{version}", f"Host: {host}", *lines, "", ""]).encode("latin-1")
+
+
+def post_of(path, body, kind=URLENCODED, *lines):
+    return head_of(path, f"Content-Type: {kind}", f"Content-Length: {len(body)}", *lines, method="POST") + body
+
+
+def chunks_of(body, size):
+    cuts = [body[at : at + size] for at in range(0, len(body), size)]
+    return b"".join(b"%x\r\n%b\r\n" % (len(cut), cut) for cut in cuts) + b"0\r\n\r\n"
+
+
+def part_of(name, value, more=""):
+    """Return one part of a multipart body with the boundary xYz, without the line break that ends it."""
+    return f'--xYz\r\nContent-Disposition: form-data; name="{name}"{more}\r\n\r\n'.encode() + value
+
+
+PLAN = {"project": "shop", "spider": "quick", "when": "every 1000 weeks"}
+PLAN_URLENCODED = urllib.parse.urlencode(PLAN).encode()
+PLAN_PARTS = b"".join(part_of(name, value.encode()) + b"\r\n" for name, value in PLAN.items())
+
+
+def url_of(site, path):
+    return f"http://localhost:{site.port}{path}"
+
+
+def curl_of(site, path, *options, scheme="http"):
+    """Return the status and the JSON that curl has got."""
+    command = ["curl", "-sS", "--max-time", "20", "-w", "%{http_code}", f"{scheme}://localhost:{site.port}{path}"]
+    printed = subprocess.run([*command, *options], capture_output=True, timeout=60, check=True).stdout
+    return int(printed[-3:]), json.loads(printed[:-3])
+
+
+def hurry(site, seconds):
+    site.limit(request_timeout=seconds)
+    timeout = struct.pack("ll", *divmod(int(seconds * 1e6), 10**6))
+    site.listening.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, timeout)
+
+
+def challenge_of(site):
+    """Return the nonce of the first challenge, and all challenges, that a refused request is answered with."""
+    answer = speak(site, head_of())
+    denied(answer, 401, "curl --anyauth -u NAME")
+    challenges = answer[1].get_all("WWW-Authenticate")
+    return re.search('nonce="([^"]+)"', challenges[0])[1], challenges
+
+
+def digest_line(made, target="/status.json", method="GET", password="kot:1", way="SHA-256", count="00000001", **changes):
+    """Return the Authorization header of ala, RFC 7616, with some fields changed afterwards; None drops one."""
+
+    def h(*texts):
+        return hashlib.new({"MD5": "md5"}.get(way, "sha256"), ":".join(texts).encode()).hexdigest()
+
+    fields = {"username": "ala", "realm": "scrapy-do", "nonce": made, "uri": target, "algorithm": way, "qop": "auth",
+        "nc": count, "cnonce": "c"}
+    fields["response"] = h(h("ala", "scrapy-do", password), made, count, "c", "auth", h(method, target))
+    sent = {name: value for name, value in {**fields, **changes}.items() if value is not None}
+    return "Authorization: Digest " + ", ".join(f'{name}="{value}"' for name, value in sent.items())
+
+
+def make_key_pair(folder, name="localhost"):
+    """Write cert.pem and key.pem, signed by itself."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    now = datetime.datetime.now(datetime.timezone.utc)
+    names = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, name)])
+    certificate = (
+        x509.CertificateBuilder(names, names, key.public_key(), x509.random_serial_number())
+        .not_valid_before(now - datetime.timedelta(1))
+        .not_valid_after(now + datetime.timedelta(1))
+        .add_extension(x509.SubjectAlternativeName([x509.DNSName("localhost"), x509.DNSName(name)]), critical=False)
+        .sign(key, hashes.SHA256())
+    )
+    pem = serialization.Encoding.PEM
+    secret = key.private_bytes(pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    (folder / "key.pem").write_bytes(secret)
+    (folder / "cert.pem").write_bytes(certificate.public_bytes(pem))
+
+
+def wait_until_it_is_executed(site):
+    """Wait until a daemon is being reloaded, and its new program has begun."""
+    said(site, "reloading")
+    wait_for(lambda: psutil.Process(site.process.pid).num_threads() == 1)
+
+
+def try_to_cancel(site, job):
+    """Cancel a job of a daemon that may be gone meanwhile."""
+    with contextlib.suppress(OSError, http.client.HTTPException):
+        site.try_post("cancel-job", id=job)
+
+
+def feed_of(tmp_path, job):
+    return [json.loads(line) for line in (tmp_path / f"data/spider-data/{job}.jsonl").read_text().splitlines()]
+
+
+# Set-ups, each a fixture
 
 
 @pytest.fixture(autouse=True)
@@ -280,7 +581,6 @@ def no_leaks(request):
 
 @pytest.fixture
 def stub(tmp_path):
-    """Return the command that stands in for Scrapy."""
     path = tmp_path / "stub-scrapy"
     path.write_text(STUB)
     path.chmod(0o755)
@@ -302,7 +602,6 @@ def inside(tmp_path, stub):
 
 @pytest.fixture
 def site(inside):
-    """Return a running daemon with the stub for Scrapy."""
     return inside()
 
 
@@ -311,23 +610,148 @@ def outside(tmp_path, stub):
     """Return a function that starts a daemon in a process of its own, with the stub for Scrapy."""
     with contextlib.ExitStack() as stack:
 
-        def start(*options, **more):
-            client = Outside(tmp_path, "--scrapy", *stub, *options, **more)
+        def start(*options, scrapy=("--scrapy", *stub), **more):
+            client = Outside(tmp_path, *scrapy, *options, **more)
             stack.callback(client.close)
             return client
 
         yield start
 
 
-# ---- 2. Schedules ----------------------------------------------------------------------------------------------------
+@pytest.fixture
+def shop(site):
+    site.push()
+    return site
 
-MINUTE, HOUR, DAY, WEEK = 60, 3600, 86400, 604800
-ZONES = (
-    "UTC", "Europe/Warsaw", "America/New_York", "Africa/Cairo", "Australia/Lord_Howe", "Asia/Kathmandu",
-    "America/Havana", "America/Nuuk", "Pacific/Apia",
-)  # fmt: skip
-FIRST_INSTANT, END_INSTANT = 631152000, 3786912000  # 1990 to 2090, in UTC
-PROPERTY = hypothesis.settings(deadline=None, derandomize=True, max_examples=200)
+
+@pytest.fixture
+def follow_me(site, tmp_path):
+    """Return a daemon, a crawl that has written a line and waits, and the file that lets it write another and end."""
+    site.push(slow=HOLD + "; echo two")
+    return site, running(site, "slow"), tmp_path / "data/spider-data/go"
+
+
+@pytest.fixture
+def guarded(site, monkeypatch):
+    """Return a running daemon with users, which answers a wrong password soon."""
+    monkeypatch.setattr(scrapy_do, "PENALTY_SECONDS", 0.05)
+    site.limit(users=USERS)
+    return site
+
+
+@pytest.fixture
+def encrypted(site, tmp_path):
+    make_key_pair(tmp_path)
+    site.limit(tls=scrapy_do.Tls(tmp_path / "cert.pem", tmp_path / "key.pem", None))
+    site.cacert = ("--cacert", str(tmp_path / "cert.pem"))
+    return site
+
+
+@pytest.fixture
+def small_disk(outside, tmp_path):
+    """Return a daemon on a small file system that nobody else sees, and its folder as it sees it."""
+    (tmp_path / "disk").mkdir()
+    rights = [] if os.getuid() == 0 else ["--user", "--map-root-user"]
+    mount = 'mount -t tmpfs -o size=1m,mode=755 tmpfs disk && exec "$@"'
+    command = ["unshare", *rights, "--mount", "/bin/sh", "-c", f"cd {tmp_path} && {mount}", "sh"]
+    if not shutil.which("unshare") or subprocess.run([*command, "true"], capture_output=True).returncode != 0:
+        pytest.skip("the kernel lets us mount no file system")
+    options = ("--data-dir", str(tmp_path / "disk/data"), "--job-slots", "2", "--kill-after", "0.5")
+    site = outside(*options, command=(*command, sys.executable, str(MODULE)))
+    return site, pathlib.Path(f"/proc/{site.process.pid}/root{tmp_path}/disk/data")
+
+
+WRAPPED = """
+import os, runpy, sys, time
+{more}
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.fixture
+def wrapped(outside):
+    """Return a function that starts a daemon after some lines of Python in the same process, at a reload as well."""
+
+    def start(more, *options):
+        return outside(*options, command=(sys.executable, "-c", WRAPPED.format(more=more), str(MODULE)))
+
+    return start
+
+
+@pytest.fixture
+def slow(wrapped, tmp_path):
+    """Return a function that starts a daemon that waits in the middle of a reload while a file is there, and that file."""
+    flag = tmp_path / "wait"
+
+    def start(*options):
+        wait = f"while os.path.exists({str(flag)!r}) and {scrapy_do.HANDOVER!r} in os.environ:\n    time.sleep(0.01)"
+        site = wrapped(wait, *options)
+        flag.touch()
+        return site, flag
+
+    return start
+
+
+@pytest.fixture
+def copied(outside, tmp_path):
+    """Return a function that starts a daemon from a file of its own, as a module, and returns that file, too."""
+    path = tmp_path / "scrapy_do.py"
+
+    def start(*options, **more):
+        shutil.copy(MODULE, path)
+        return outside(*options, command=(sys.executable, "-m", "scrapy_do"), **more), path
+
+    return start
+
+
+SHIFTED = """
+import time
+real = time.time
+def shifted():
+    try:
+        with open({path!r}) as file:
+            return real() + float(file.read())
+    except FileNotFoundError:
+        return real()
+time.time = shifted
+"""
+
+
+@pytest.fixture
+def clocked(outside, tmp_path):
+    """Return a function that starts a daemon with a clock of its own, and a function that sets that clock."""
+    (tmp_path / "python").mkdir()
+    (tmp_path / "python/sitecustomize.py").write_text(SHIFTED.format(path=str(tmp_path / "offset")))
+
+    def set_clock(seconds):
+        (tmp_path / "new").write_text(str(seconds))
+        (tmp_path / "new").rename(tmp_path / "offset")
+
+    def start(*options, offset=0.0):
+        set_clock(offset)
+        return outside(*options, environment={"PYTHONPATH": str(tmp_path / "python")}), set_clock
+
+    return start
+
+
+NOTICE = """#!/bin/sh
+# What --on-finish starts: it keeps what it got, and what was on the disk then.
+mkdir -p "notes/$SCRAPY_DO_JOB"
+cp data/state.json "notes/$SCRAPY_DO_JOB/state"
+cat > "notes/$SCRAPY_DO_JOB/input"
+env > "notes/$SCRAPY_DO_JOB/environment"
+echo "$SCRAPY_DO_JOB $SCRAPY_DO_STATUS $*" >> told
+until [ ! -e wait ]; do sleep 0.02; done
+"""
+
+
+@pytest.fixture
+def told(tmp_path):
+    """Return a function that gives what the command of --on-finish was told, line by line."""
+    (tmp_path / "note").write_text(NOTICE)
+    (tmp_path / "note").chmod(0o755)
+    return lambda: (tmp_path / "told").read_text().splitlines() if (tmp_path / "told").exists() else []
 
 
 @contextlib.contextmanager
@@ -351,18 +775,118 @@ def zone():
         yield lambda name: stack.enter_context(local_zone(name))
 
 
+CLICK = """const found = document.evaluate(arguments[0], document, null, 9, null).singleNodeValue;
+if (found) found.click(); return Boolean(found);"""
+
+
+class Browser:
+    def __init__(self, chrome, site):
+        self.chrome = chrome
+        chrome.get(f"http://localhost:{site.port}/")
+
+    def element(self, path):
+        return wait_for(lambda: self.chrome.find_elements("xpath", path))[0]
+
+    def click(self, path):
+        """Click; an element that was drawn anew meanwhile is looked for again."""
+        self.element(path)
+        wait_for(lambda: self.chrome.execute_script(CLICK, path))
+
+    def text(self, identifier):
+        return self.chrome.find_element("id", identifier).text
+
+    def fill(self, **fields):
+        for name, value in fields.items():
+            box = self.chrome.find_element("name", name)
+            wait_for(box.is_displayed)
+            box.clear()
+            box.send_keys(value)
+
+
+@pytest.fixture
+def browser(site):
+    webdriver = pytest.importorskip("selenium.webdriver")
+    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
+    if not (chromium and driver):
+        pytest.skip("chromium or its driver is not installed")
+    options = webdriver.ChromeOptions()
+    options.binary_location = chromium
+    for option in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage"):
+        options.add_argument(option)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    chrome = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
+    yield Browser(chrome, site)
+    chrome.quit()
+
+
+class Pages(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        number = self.path.rpartition("/")[2]
+        if self.path.startswith("/slow/"):
+            self.server.is_over.wait(0.2)
+        more = f"<a href=/{int(number) + 1}>on</a>" if self.path in ("/1", "/2") else ""
+        body = f"<title>Strona {number} – 頁</title>{more}".encode()
+        self.send_response(200 if number.isdigit() else 404)
+        self.send_header("Content-Type", "text/html; charset=utf-8")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def website():
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Pages)
+    server.is_over = threading.Event()
+    thread = threading.Thread(target=server.serve_forever, args=(0.05,))
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_address[1]}"
+    server.is_over.set()
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+@pytest.fixture
+def real(outside):
+    """Return a function that starts a daemon with the real Scrapy, in a locale without UTF-8, that has a project.
+
+    Another Scrapy by hand: REAL_SCRAPY=/srv/scrapy-2.11/bin/scrapy python -m pytest -k real.
+    """
+
+    def start(*options, more=""):
+        if "REAL_SCRAPY" in os.environ and "--scrapy" not in options:
+            options = (*options, "--scrapy", os.environ["REAL_SCRAPY"])
+        site = outside(*options, scrapy=(), environment={"LANG": "C", "LC_ALL": "C"})
+        answer = site.push(real_project(**{"settings": SETTINGS_OF_PAGES + more, "spiders/pages": SPIDERS_OF_PAGES}))
+        assert answer["spiders"] == ["pages", "slow"]
+        return site
+
+    return start
+
+
+# ---- 2. Schedules ----------------------------------------------------------------------------------------------------
+
+MINUTE, HOUR, DAY, WEEK = 60, 3600, 86400, 604800
+ZONES = (
+    "UTC", "Europe/Warsaw", "America/New_York", "Africa/Cairo", "Australia/Lord_Howe", "Asia/Kathmandu",
+    "America/Havana", "America/Nuuk", "Pacific/Apia",
+)  # fmt: skip
+FIRST_INSTANT, END_INSTANT = 631152000, 3786912000  # 1990 to 2090, in UTC
+PROPERTY = hypothesis.settings(deadline=None, derandomize=True, max_examples=200)
+
+
 def instant(text, place=datetime.timezone.utc, fold=0):
-    """Return the POSIX seconds at which the clocks of a place show `text`."""
     return datetime.datetime.fromisoformat(text).replace(tzinfo=place, fold=fold).timestamp()
 
 
 def wall_clock(moment, place):
-    """Return what the clocks of a place show, as a naive datetime."""
     return datetime.datetime.fromtimestamp(moment, place).replace(tzinfo=None)
 
 
 def utc_offset(moment, place):
-    """Return by how many seconds the clocks of a place are ahead of UTC."""
     return int(datetime.datetime.fromtimestamp(moment, place).utcoffset().total_seconds())
 
 
@@ -397,7 +921,6 @@ def fire(recurrence, moment, times):
 
 
 def refusal(text):
-    """Return the message that refuses a spec."""
     with pytest.raises(SpecError) as caught:
         parse_spec(text)
     assert caught.value.status == 400
@@ -405,7 +928,6 @@ def refusal(text):
 
 
 def at(*hours):
-    """Return times of day that are given in hours."""
     return tuple(hour * HOUR for hour in hours)
 
 
@@ -458,27 +980,24 @@ def test_list_may_be_written_with_commas_and_the_word_and():
 REFUSED = {  # what is wrong: the spec, and the word that it stumbles on; "" is its end
     "starts with 'now' or 'every'": [("", ""), ("10:30", "10:30"), ("żółw", "żółw"), ("x" * 61, "x" * 57 + "..."),
         ("NOPE", "nope")],
-    "a unit of time or a weekday is wanted": [("every", ""), ("every now", "now"), ("every at 10:30", "at"),
-        ("every -1 days", "-1"), ("every ½ days", "½"), ("every month", "month"), ("every mondays", "mondays"),
-        ("every dayss", "dayss"), ("every ｄay", "ｄay"), ("every other day", "other")],
+    "a unit of time or a weekday is wanted": [("every", ""), ("every now", "now"), ("every -1 days", "-1"),
+        ("every ½ days", "½"), ("every month", "month"), ("every mondays", "mondays"), ("every ｄay", "ｄay")],
     "a unit of time is wanted": [("every 2", ""), ("every 2 to 3", ""), ("every 2 3 days", "3"),
-        ("every 1 monday", "monday"), ("every 1 to 2 mondays at 10:30", "mondays"), ("every 2 months", "months"),
-        ("every 2 - 3 days", "-"), ("every 1,5 days", ","), ("every 2 weekdays", "weekdays")],
+        ("every 1 to 2 mondays at 10:30", "mondays"), ("every 2 - 3 days", "-"), ("every 1,5 days", ","),
+        ("every 2 weekdays", "weekdays")],
     "a whole number from 1 is wanted": [("every 0 days", "0"), ("every 1.5 days", "1.5"), ("every 1e3 seconds", "1e3"),
-        ("every ² days", "²"), ("every ٣ days", "٣"), ("every 0 to 3 days", "0")],
+        ("every ² days", "²"), ("every ٣ days", "٣")],
     "a whole number from 2 is wanted": [("every 2 to", ""), ("every 2 to -3 days", "-3"), ("every 2 to 1 days", "1"),
-        ("every 2 to 0 days", "0"), ("every 2 to 3.5 days", "3.5"), ("every 2 to ٣ days", "٣")],
-    "at most 100 years": [("every 3155760001 seconds", "seconds"), ("every 52596001 minutes", None),
-        ("every 876601 hours", None), ("every 36526 days", None), ("every 5218 weeks", None),
+        ("every 2 to 3.5 days", "3.5"), ("every 2 to ٣ days", "٣")],
+    "at most 100 years": [("every 3155760001 seconds", "seconds"), ("every 36526 days", None),
         ("every 1 to 36526 days", None), ("every " + "9" * 900 + " days", None)],
     "the plural is wanted": [("every 2 second", "second"), ("every 10 minute", "minute"),
         ("EVERY  2 DAY at 10:30", "day"), ("every 1 to 3 day", "day"), ("every 1 to 1 hour", "hour")],
     "a time like 9:30, 18:00 or 23:59:59 is wanted": [("every day at", ""), ("every day at noon", "noon"),
         ("every day at :30", ":30"), ("every day at 10:3", "10:3"), ("every day at 9:05:07", "9:05:07"),
-        ("every day at 10.30", "10.30"), ("every day at 9:30pm", "9:30pm"), ("every day at 1٣:30", "1٣:30"),
-        ("every day at 24:00", "24:00"), ("every day at 10:60", "10:60"), ("every day at 23:59:60", "23:59:60"),
-        ("every weekday at 25:00", "25:00"), ("every monday at", ""), ("every day at 6:00,", ""),
-        ("every day at , 6:00", ","), ("every day at 6:00 and and 7:00", "and"), ("every day at 6:00,,7:00", ","),
+        ("every day at 9:30pm", "9:30pm"), ("every day at 1٣:30", "1٣:30"), ("every day at 24:00", "24:00"),
+        ("every day at 10:60", "10:60"), ("every day at 23:59:60", "23:59:60"), ("every monday at", ""),
+        ("every day at 6:00,", ""), ("every day at , 6:00", ","), ("every day at 6:00 and and 7:00", "and"),
         ("every day at " + "1" * 900, "1" * 57 + "...")],
     "a time like :15 (minute 15) or 00:15 (second 15)": [("every hour at", ""), ("every hour at 1:15", "1:15"),
         ("every hour at :5", ":5"), ("every hour at 60:00", None), ("every hour at :60", ":60"),
@@ -500,9 +1019,9 @@ REFUSED = {  # what is wrong: the spec, and the word that it stumbles on; "" is 
         ("every day \u200bat 10:30", "\\u200bat"), ("every week monday at 10:30", "monday")],
     "one-off runs are only possible by 'now'": [("tomorrow", "tomorrow"), ("in 5 minutes", "in"), ("at 10:30", "at"),
         ("today at 10:30", "today")],
-    "cron syntax is not read": [("0 0 1 * *", "0"), ("0 0 1 jan *", "0"), ("*/7 * * * *", "*/7"),
-        ("99 25 * * *", "99"), ("@reboot", "@reboot"), ("0 17-9 * * *", "0"), ("0 6 * * 0,7", "0"), ("0 6 * * 8", "0"),
-        ("* * * * * *", "*"), ("61 * * * *", "61"), ("*/90 * * * *", None), ("*/10 5 * * *", None)],
+    "cron syntax is not read": [("0 0 1 * *", "0"), ("*/7 * * * *", "*/7"), ("99 25 * * *", "99"),
+        ("@reboot", "@reboot"), ("0 17-9 * * *", "0"), ("0 6 * * 0,7", "0"), ("0 6 * * 8", "0"), ("* * * * * *", "*"),
+        ("*/90 * * * *", None), ("*/10 5 * * *", None)],
 }  # fmt: skip
 REFUSALS = [(text, word, wanted) for wanted, rows in REFUSED.items() for text, word in rows]
 
@@ -701,7 +1220,6 @@ def next_by_walking(recurrence, count, moment, name):
 
 
 def fixed(number):
-    """Return what draws a certain number."""
     return types.SimpleNamespace(randint=lambda low, high: number)
 
 
@@ -754,20 +1272,6 @@ def test_interval_never_drifts_in_a_thousand_firings(zone, text):
     for firing in range(1, 1001):
         due = recurrence.resume_after(due, due + lateness.random() * 0.99 * size)
         assert due == pytest.approx(first + firing * size, abs=1e-6)
-
-
-@pytest.mark.parametrize(
-    ("text", "days"), [("every day", 1), ("every 2 days at 02:30", 2), ("every 2 weeks", 14), ("every sunday", 7)]
-)
-def test_days_never_drift_in_a_thousand_firings(zone, text, days):
-    place = zone("Europe/Warsaw")
-    origin = instant("2024-06-15T02:30:00.014793", place)
-    recurrence = parse_spec(text).anchored(origin)
-    first = due = recurrence.next_after(origin)
-    for firing in range(1, 1001):
-        due = recurrence.resume_after(due, due + 5 * HOUR)
-        late = abs(wall_clock(due, place) - wall_clock(first, place) - datetime.timedelta(days * firing))
-        assert late < datetime.timedelta(seconds=1e-5) or due in transitions("Europe/Warsaw")
 
 
 def test_time_of_day_left_open_is_not_shifted_by_any_gap():
@@ -951,54 +1455,6 @@ def test_schedule_library_agrees_on_a_thousand_specs(freeze, text, drawn, seed, 
 
 # ---- 4. Store --------------------------------------------------------------------------------------------------------
 
-HOLD = "echo started; while [ ! -e $SPIDER_DATA_DIR/go ]; do sleep 0.02; done"
-
-
-def release(tmp_path):
-    """End the crawls of HOLD."""
-    (tmp_path / "data/spider-data/go").touch()
-
-
-def kept_records(path):
-    """Return the projects and the jobs in a state file, each a dictionary; it may be half written just then."""
-
-    def document():
-        with contextlib.suppress(ValueError):
-            return json.loads(path.read_text())
-
-    projects, jobs = {}, {}
-    for record in itertools.chain(*wait_for(document)["changes"]):
-        group, key = (jobs, record["identifier"]) if "identifier" in record else (projects, record["name"])
-        group[key] = record
-        if record.get("gone"):
-            del group[key]
-    return projects, jobs
-
-
-def kept_jobs(tmp_path):
-    """Return the jobs in the state file."""
-    return kept_records(tmp_path / "data/state.json")[1]
-
-
-def run_main(*options, **more):
-    """Run the command line to its end and return its exit status and what it said."""
-    done = subprocess.run([sys.executable, str(MODULE), *options], capture_output=True, text=True, timeout=30, **more)
-    return done.returncode, done.stdout + done.stderr
-
-
-def start_refused(folder, *words):
-    """Check that a daemon does not start on a folder, says so in a line, and changes no file there."""
-
-    def contents():
-        paths = [path for path in folder.rglob("*") if path.name != "lock"]
-        return {path: path.read_bytes() if path.is_file() else path.lstat().st_mode for path in paths}
-
-    before = contents()
-    status, said = run_main("--port", "0", "--data-dir", str(folder))
-    assert (status, said.count("\n")) == (1, 1), said
-    assert [word for word in words if word not in said] == [], said
-    assert contents().items() >= before.items()
-
 
 def test_the_state_file_is_one_document_with_a_change_in_each_line_and_is_private(site, tmp_path):
     site.push()
@@ -1037,22 +1493,6 @@ def test_a_record_is_read_as_it_was_saved(record):
     assert scrapy_do.decode_record(json.loads(line)) == record
 
 
-def make_job(number=1, **fields):
-    """Return a job as the module keeps it."""
-    values = {"actor": "USER", "schedule": "now", "project": "shop", "spider": "quick", "timestamp": 1.5}
-    return scrapy_do.Job(f"{number:08x}-9b3c-4b52-a9e0-0d8fcd1cf001", scrapy_do.Status.PENDING, **{**values, **fields})
-
-
-@contextlib.contextmanager
-def opened(folder):
-    """Return a store, and close it."""
-    store = scrapy_do.Store(folder)
-    try:
-        yield store
-    finally:
-        store.close()
-
-
 @pytest.mark.parametrize("mode", [0o770, 0o702, 0o1777], ids=oct)
 def test_a_data_folder_that_others_may_write_to_is_refused(tmp_path, mode):
     folder = tmp_path / "data"
@@ -1069,32 +1509,6 @@ def test_a_second_daemon_on_the_same_folder_is_refused(outside, tmp_path):
     assert first.get("status")
 
 
-def test_links_in_the_data_folder_are_not_followed(outside, tmp_path):
-    site = outside("--job-slots", "1")
-    folder, victim = tmp_path / "data", tmp_path / "victim"
-    victim.write_text("mine")
-    site.push(hold=HOLD, talk="echo out; echo err >&2")
-    site.wait_job(site.schedule("hold"), "RUNNING")
-    for stream in ("out", "err"):  # for the next job
-        (folder / "logs" / f"{(job := site.schedule('talk'))}.{stream}").symlink_to(victim)
-        assert site.request("GET", f"/get-log/data/{job}.{stream}")[0] == 404
-    (folder / "state.json").unlink()
-    (folder / "state.json").symlink_to(victim)  # so it must be written anew
-    (folder / "state.json.new").symlink_to(victim)
-    assert site.try_post("schedule-job", project="shop", spider="talk", when="now")[0] == 507
-    (folder / "state.json.new").unlink()
-    site.post("cancel-job", id=site.schedule("talk", "every 9 days"))
-    assert not (folder / "state.json").is_symlink()
-    release(tmp_path)
-    wait_for(lambda: not site.jobs("PENDING") + site.jobs("RUNNING"))
-    assert [("symbolic link" in job["reason"], job["spider"]) for job in site.jobs("FAILED")] == [(True, "talk")] * 2
-    site.stop()
-    (folder / "lock").unlink()
-    (folder / "lock").symlink_to(victim)
-    start_refused(folder, "Too many levels of symbolic links")
-    assert victim.read_text() == "mine"
-
-
 GROWN = """{"version": 2, "since": 5.0, "changes": [
 [],
 [{"name": "shop", "push": "x", "folder": "", "settings": "", "spiders": ["quick"]}],
@@ -1107,26 +1521,21 @@ GROWN = """{"version": 2, "since": 5.0, "changes": [
 BAD_STATES = {
     "empty": ("", "Expecting value"),
     "cut-in-the-head": (GROWN[:30], "cannot be read"),
-    "zeros": (b"\0" * 4096, "Expecting value"),
     "not-utf8": (GROWN.encode().replace(b'"quick"', b'"\xff"', 1), "utf-8"),
     "not-an-object": ("[]", "not an object with a 'version'"),
-    "no-version": ("{}", "not an object with a 'version'"),
     "version-a-text": ('{"version": "2"}', "not an object with a 'version'"),
     "newer": ('{"version": 3, "changes": []}', "version 3, this scrapy_do reads version 2"),
     "no-changes": ('{"version": 2}', "'changes' must be a list of lists"),
     "nested": ("[" * 100_000, "recursion"),
-    "edited-first-change": (GROWN.replace('": "x"', '" "x"'), "Expecting ':' delimiter: line 3 column"),
     "edited-change": (GROWN.replace("PENDING", 'PENDING"'), "Expecting ',' delimiter: line 4 column"),
     "edited-last-change": (GROWN.replace("RUNNING", 'RUNNING"'), "Expecting ',' delimiter: line 6 column"),
     "last-line-deleted": ("\n".join([*GROWN.splitlines()[:-2], "]}\n"]), "cannot be read"),
     "garbage-in-a-change": (GROWN.replace("PENDING", "\0" * 512), "Invalid control character at: line 4 column"),
     "since-a-text": (GROWN.replace("5.0", '"x"'), "could not convert"),
-    "since-null": (GROWN.replace("5.0", "null"), "cannot be read"),
     "a-number": (GROWN.replace("[]", "[7]", 1), "7 is not an object"),
     "bad-status": (GROWN.replace("RUNNING", "DONE"), "the record 'i': 'DONE' is not a valid Status"),
     "bad-type": (GROWN.replace('"spider": "quick"', '"spider": 3', 1), "the field 'spider' cannot be 3"),
     "bad-time": (GROWN.replace("2.5", "NaN"), "the field 'timestamp' cannot be nan"),
-    "far-time": (GROWN.replace("2.5", "1e30"), "the field 'timestamp' cannot be 1e+30"),
     "unknown-field": (GROWN.replace('"folder"', '"colour"'), "the record 'shop': there is no field 'colour'"),
 }
 
@@ -1137,7 +1546,7 @@ def test_a_bad_state_file_is_refused_with_the_reason_and_left_alone(tmp_path, co
     path.parent.mkdir()
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     before = path.read_bytes()
-    with opened(tmp_path / "data") as store, pytest.raises(scrapy_do.StorageError) as caught:
+    with contextlib.closing(scrapy_do.Store(tmp_path / "data")) as store, pytest.raises(scrapy_do.StorageError) as caught:
         store.load()
     assert f"{path} cannot be read: " in str(caught.value)
     assert reason in str(caught.value)
@@ -1145,7 +1554,7 @@ def test_a_bad_state_file_is_refused_with_the_reason_and_left_alone(tmp_path, co
 
 
 def test_a_bad_state_file_stops_the_start_and_nothing_is_deleted(tmp_path):
-    with opened(tmp_path / "data"):
+    with contextlib.closing(scrapy_do.Store(tmp_path / "data")):
         pass
     (tmp_path / "data/state.json").write_text(GROWN.replace("RUNNING", "DONE"))  # a line of it is wrong
     for name in (f"projects/{uuid.uuid4()}.zip", f"logs/{uuid.uuid4()}.out", "work/x", "spider-data/y"):
@@ -1277,7 +1686,7 @@ def test_a_state_file_that_somebody_spoils_under_the_daemon_is_written_anew(site
 @pytest.fixture
 def appended(tmp_path):
     """Return the bytes of a state file before and after a change was written to its end, and where it begins."""
-    with opened(tmp_path / "data") as store:
+    with contextlib.closing(scrapy_do.Store(tmp_path / "data")) as store:
         store.load()
         store.rewrite([scrapy_do.Project("shop", "x", "", "", ("quick",)), make_job(1), make_job(3)])
         assert store.append([make_job(2, description="漢字", reason=os.fsdecode(b"not UTF-8: \xff"))])
@@ -1379,8 +1788,6 @@ class Faults:
 
 
 class FailingFile(io.FileIO):
-    """A file on a disk that has faults."""
-
     def __init__(self, faults, descriptor):
         super().__init__(descriptor, "wb")
         self.faults = faults
@@ -1411,9 +1818,8 @@ def test_a_write_that_fails_undoes_the_change_and_recovers_by_itself(site, tmp_p
             "schedule-job": {"project": "shop", "spider": "quick", "when": "now"}, "cancel-job": {"id": kept},
             "remove-project": {"name": "other"}, "push-project": {"archive": stub_project("other")},
         }.items():  # fmt: skip
-            status, answer = site.try_post(call, **fields)
-            assert (status, answer["status"]) == ((404 if call == "remove-project" else 507), "error"), call
-            assert status == 404 or f"{path} cannot be written: " in answer["msg"]
+            wanted = (404,) if call == "remove-project" else (507, f"{path} cannot be written: ")
+            denied(site.try_post(call, **fields), *wanted)
             assert kept_records(path) == saved, "a kill would bring the refused change to light"
         assert site.jobs("ACTIVE") == before
         assert site.get("list-projects")["projects"] == ["shop"]
@@ -1482,20 +1888,6 @@ def test_no_slot_is_lost_whatever_fails_around_a_crawl(inside, tmp_path, monkeyp
         assert site.get("status")["jobs-running"] == 0
 
 
-@pytest.fixture
-def small_disk(outside, tmp_path):
-    """Return a daemon on a small file system that nobody else sees, and its folder as it sees it."""
-    (tmp_path / "disk").mkdir()
-    rights = [] if os.getuid() == 0 else ["--user", "--map-root-user"]
-    mount = 'mount -t tmpfs -o size=1m,mode=755 tmpfs disk && exec "$@"'
-    command = ["unshare", *rights, "--mount", "/bin/sh", "-c", f"cd {tmp_path} && {mount}", "sh"]
-    if not shutil.which("unshare") or subprocess.run([*command, "true"], capture_output=True).returncode != 0:
-        pytest.skip("the kernel lets us mount no file system")
-    options = ("--data-dir", str(tmp_path / "disk/data"), "--job-slots", "2", "--kill-after", "0.5")
-    site = outside(*options, command=(*command, sys.executable, str(MODULE)))
-    return site, pathlib.Path(f"/proc/{site.process.pid}/root{tmp_path}/disk/data")
-
-
 def test_a_log_that_fills_the_disk_is_stopped_by_a_cancel_and_all_recovers(small_disk):
     site, data = small_disk
     site.push(hold=HOLD, fill="cat /dev/zero 2> /dev/null; sleep 60")
@@ -1538,8 +1930,7 @@ def test_a_disk_that_becomes_read_only_costs_no_slot_and_all_recovers(small_disk
     for job in (running, stubborn):
         site.wait_job(job, "RUNNING")
     subprocess.run([*enter, f"mount --bind {disk} {disk} && mount -o remount,bind,ro {disk}"], check=True)
-    status, answer = site.try_post("schedule-job", project="shop", spider="quick", when="now")
-    assert (status, "Read-only file system" in answer["msg"]) == (507, True)
+    denied(site.try_post("schedule-job", project="shop", spider="quick", when="now"), 507, "Read-only file system")
     assert site.try_push(stub_project("other"))[0] == 507
     go.touch()
     assert site.wait_job(running)["status"] == "SUCCESSFUL"
@@ -1577,7 +1968,7 @@ def test_a_working_copy_is_deleted_whatever_a_crawl_of_another_user_leaves_there
             subprocess.run(["/bin/sh", "-c", f"mkdir {left}; cd {left}; {TREE}"], check=True)
         finally:
             site.close()
-        with opened(folder / "data") as store:
+        with contextlib.closing(scrapy_do.Store(folder / "data")) as store:
             store.load()
             store.sweep([], [], [])
             wait_for(lambda: [path.name for path in store.work.iterdir()] == ["shim"])
@@ -1606,7 +1997,7 @@ def test_nothing_is_lost_or_doubled_by_kill_9(outside, tmp_path):
     site = outside("--completed-cap", "60", "--job-slots", "3")
     site.push(hold="exec sleep 60", brief="sleep 0.05")
     load = Load(site)
-    for number in range(int(os.environ.get("KILL_ROUNDS", "8"))):
+    for number in range(int(os.environ.get("KILL_ROUNDS", "6"))):
         with load.at_work(number):
             enough = len(load.sure) + random.Random(number).randrange(1, 12)
             wait_for(lambda enough=enough: len(load.sure) >= enough)
@@ -1623,7 +2014,7 @@ def test_nothing_is_lost_or_doubled_while_the_disk_fails_again_and_again(inside,
     site = inside(completed_cap=60, job_slots=3, kill_after=1.0)
     site.push(hold="exec sleep 60", brief="sleep 0.05")
     load, faults = Load(site), Faults(monkeypatch)
-    for number in range(int(os.environ.get("FAULT_ROUNDS", "8"))):
+    for number in range(int(os.environ.get("FAULT_ROUNDS", "6"))):
         draw = random.Random(number)
         with load.at_work(number):
             for _ in range(3):
@@ -1663,7 +2054,6 @@ class Load:
                 thread.join()
 
     def work(self, stop, client, number):
-        """Make random calls."""
         draw = random.Random(f"{client} {number}")
         try:
             while not stop.is_set():
@@ -1729,7 +2119,6 @@ class Load:
         assert logs <= jobs.keys() | {job["identifier"] for job in site.jobs("ACTIVE")}
 
     def finish(self, data):
-        """End all crawls, and check once more."""
         for job in self.site.jobs("PENDING") + self.site.jobs("RUNNING"):
             if job["spider"] == "hold":
                 self.try_post("cancel-job", (404, 409), id=job["identifier"])
@@ -1739,92 +2128,24 @@ class Load:
         wait_for(lambda: [path.name for path in (data / "work").iterdir()] == ["shim"])
 
 
-def crawls_of(data):
-    """Return the name and the environment of each process that the daemon of a folder has started."""
-    found = []
-    for process in psutil.process_iter():
-        with contextlib.suppress(psutil.Error):
-            if process.environ().get("SPIDER_DATA_DIR") == str(data / "spider-data") and process.pid != os.getpid():
-                found.append((process.name(), process.environ()))
-    return found
-
-
 # ---- 5. Archives -----------------------------------------------------------------------------------------------------
 
 SHOP = {"scrapy.cfg": "[deploy]\nproject = shop\n", "spiders.txt": "talk\n", "talk.sh": "[ ! -e text ] || cat text\n"}
 
 
-def pack(*entries, method=zipfile.ZIP_DEFLATED):
-    """Return a zip archive of (name, content[, mode]), also of what ZipFile only warns of."""
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w") as bundle, warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        for name, content, *mode in entries:
-            info = zipfile.ZipInfo(name)
-            info.create_system, info.external_attr = 3, (mode or [0o100644])[0] << 16
-            info.compress_type = method
-            bundle.writestr(info, content)
-    return buffer.getvalue()
-
-
 def plus(*entries):
-    """Return the archive of a sound project and these entries."""
     return pack(*SHOP.items(), *entries)
 
 
 def damaged(method):
-    """Return an archive whose compressed data are spoiled."""
     archive = bytearray(pack(("scrapy.cfg", bytes(random.Random(1).choices(b"ab", k=999))), method=method))
     archive[100:140] = bytes(40)
     return bytes(archive)
 
 
 def config(text, name="scrapy.cfg"):
-    """Return the archive of a project with this `scrapy.cfg`."""
     folder = name.removesuffix("scrapy.cfg")
     return pack((name, text), (f"{folder}spiders.txt", "talk\n"), (f"{folder}talk.sh", "echo hi\n"))
-
-
-def folder_contents(folder):
-    """Return what a folder holds, all the way down: names, modes, bytes."""
-    return {
-        str(path.relative_to(folder)): (oct(path.lstat().st_mode), path.read_bytes() if path.is_file() else None)
-        for path in sorted(folder.rglob("*"))
-    }
-
-
-def is_gone(pid):
-    """Tell whether a process has ended."""
-    try:
-        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return True
-
-
-def until(gate):
-    """Return the line of a shell script that waits for a file."""
-    return f"until [ -e '{gate}' ]; do sleep 0.02; done\n"
-
-
-def refused_push(client, archive, status, *words):
-    """Push what must be refused with these words, and return the message."""
-    answered, answer = client.try_push(archive)
-    assert (answered, answer["status"]) == (status, "error"), answer
-    assert all(word in answer["msg"] for word in words), answer["msg"]
-    return answer["msg"]
-
-
-def output_of(client, spider, project="shop"):
-    """Run a spider, which must succeed, and return what it has printed."""
-    job = client.wait_job(client.schedule(spider, project=project))
-    assert job["status"] == "SUCCESSFUL", (job, client.log(job["identifier"]))
-    return client.log(job["identifier"], "out")
-
-
-def curl(client, path, *options):
-    """Return the JSON that curl gets as an answer."""
-    command = ["curl", "-sS", "--noproxy", "*", *options, f"http://127.0.0.1:{client.port}/{path}"]
-    return json.loads(subprocess.run(command, check=True, capture_output=True, timeout=60).stdout)
 
 
 TWO_PLACES = "[deploy:vps]\nproject = shop\n[deploy:home]\nproject = {}\nurl = http://localhost/\n"
@@ -1873,7 +2194,7 @@ def test_a_bad_archive_is_refused_whole_with_advice(site, tmp_path, monkeypatch,
     monkeypatch.setattr(scrapy_do, "ARCHIVE_ENTRIES", 60)
     site.push()
     before = folder_contents(tmp_path)
-    message = refused_push(site, make(), status, *words)
+    message = denied(site.try_push(make()), status, *words)
     assert len(message) < 600
     assert str(tmp_path) not in message
     assert folder_contents(tmp_path) == before
@@ -1883,22 +2204,19 @@ def test_a_bad_archive_is_refused_whole_with_advice(site, tmp_path, monkeypatch,
 def test_an_archive_that_curl_does_not_send_as_a_file_is_refused_with_the_command_that_does(site, tmp_path):
     (path := tmp_path / "demo.zip").write_bytes(plus())
     for options in (["-F", "archive=demo.zip"], ["-d", "archive=demo.zip"], ["-F", f"archive={tmp_path}"]):
-        assert "-F archive=@" in curl(site, "push-project.json", *options)["msg"]
+        assert "-F archive=@" in curl_of(site, "/push-project.json", *options)[1]["msg"]
     for options in (["--data-binary", f"@{path}"], ["-T", str(path), "-X", "POST"], ["-F", f"file=@{path}"]):
-        answer = curl(site, "push-project.json", *options)
-        assert answer["status"] == "error"
-        assert "archive" in answer["msg"]
-        assert "@" in answer["msg"] or "'file'" in answer["msg"]
+        status, answer = curl_of(site, "/push-project.json", *options)
+        message = denied((status, answer), status, "archive")
+        assert "@" in message or "'file'" in message
     assert site.get("list-projects")["projects"] == []
-    assert curl(site, "push-project.json", "-F", f"archive=@{path}")["spiders"] == ["talk"]
+    assert curl_of(site, "/push-project.json", "-F", f"archive=@{path}")[1]["spiders"] == ["talk"]
 
 
 CODE = {**SHOP, "talk.sh": "cat sub/text; pwd\n", "sub/text": "hi\n"}
 ACCEPTED_ARCHIVES = {  # name: (how to make it, the project's name, the start of what its spider `talk` prints)
-    "two folders down": (lambda: make_zip({f"repo-main/in/{n}": text for n, text in CODE.items()}), "shop", "hi\n"),
     "five folders down": (lambda: make_zip({f"a/b/c/d/e/{n}": text for n, text in CODE.items()}), "shop", "hi\n"),
     "made on Windows": (lambda: pack(*((f"a/b/{n}".replace("/", "\\"), t) for n, t in CODE.items())), "shop", "hi\n"),
-    "one target": (lambda: config("[deploy:vps]\nproject = shop\n"), "shop", "hi\n"),
     "targets that agree": (lambda: config(TWO_PLACES.format("shop")), "shop", "hi\n"),
     "targets beside a plain one": (lambda: config(TWO_PLACES.format("x") + "[deploy]\nproject = bar"), "bar", "hi\n"),
     "name in Chinese": (lambda: stub_project("书店", talk="echo $SCRAPY_PROJECT"), "书店", "书店\n"),
@@ -1952,7 +2270,7 @@ def test_a_list_that_takes_too_long_is_ended_with_all_it_started(outside, tmp_pa
     site = outside("--list-timeout", "1")
     before = folder_contents(tmp_path / "data")
     script = "sleep 98 & a=$!; setsid sleep 99 & echo $a $! $$ > ../../../pids; echo quick; wait; sleep 9"
-    refused_push(site, plus(("list.sh", script)), 400, "did not end within 1 s", "--list-timeout")
+    denied(site.try_push(plus(("list.sh", script))), 400, "did not end within 1 s", "--list-timeout")
     assert all(is_gone(int(pid)) for pid in (tmp_path / "pids").read_text().split())
     assert folder_contents(tmp_path / "data") == before
 
@@ -1967,7 +2285,6 @@ def test_what_list_leaves_running_is_ended(outside, tmp_path):
     ("scrapy", "words"),
     [
         (("/nonexistent/scrapy",), ["'/nonexistent/scrapy' cannot be started", "--scrapy"]),
-        (("nonexistent-scrapy",), ["'nonexistent-scrapy' cannot be started", "--scrapy"]),
         (("/etc/passwd",), ["'/etc/passwd' cannot be started", "--scrapy"]),
         ((sys.executable, "-S", "-m", "scrapy"), ["No module named scrapy", f"{sys.executable} -m pip install scrapy"]),
     ],
@@ -1975,7 +2292,7 @@ def test_what_list_leaves_running_is_ended(outside, tmp_path):
 def test_without_scrapy_a_push_says_what_to_do(inside, tmp_path, scrapy, words):
     site = inside(scrapy=scrapy)
     before = folder_contents(tmp_path / "data")
-    refused_push(site, stub_project(), 400, *words)
+    denied(site.try_push(stub_project()), 400, *words)
     assert folder_contents(tmp_path / "data") == before
 
 
@@ -1991,7 +2308,7 @@ def test_each_project_has_its_own_environment(inside, tmp_path):
         assert site.log(job["identifier"]) == f"in the environment of {name}\n"
     home = f"{tmp_path}/envs/other"
     how = f"python3 -m venv {home} && {home}/bin/python -m pip install scrapy"
-    refused_push(site, stub_project("other"), 400, f"'{home}/bin/scrapy' cannot be started", how)
+    denied(site.try_push(stub_project("other")), 400, f"'{home}/bin/scrapy' cannot be started", how)
     assert site.get("list-projects")["projects"] == ["bar", "shop"]
 
 
@@ -2024,14 +2341,6 @@ os.write(1, b"nor_this\\n")
 """
 
 
-def real_project(folder="", **files):
-    """Return the archive of a project for real Scrapy: `files` are modules of it, by their names."""
-    files = {"__init__": "", "spiders/__init__": "", "settings": "SPIDER_MODULES = ['shop.spiders']\n", **files}
-    cfg = "[settings]\ndefault = shop.settings\n[deploy:vps]\nproject = shop\n"
-    code = {f"{folder}shop/{name}.py": text for name, text in files.items()}
-    return make_zip({f"{folder}scrapy.cfg": cfg, **code})
-
-
 def test_a_project_that_talks_and_configures_a_lot_is_listed_counted_and_logged(outside, tmp_path):
     site = outside("--scrapy", f"{sys.executable} -m scrapy")
     broken = {"broken/__init__": "", "broken/bad": "import nonesuch\n"}
@@ -2045,7 +2354,7 @@ def test_a_project_that_talks_and_configures_a_lot_is_listed_counted_and_logged(
     job = site.wait_job(site.schedule("good"))
     assert job["stats"] == {"items": 1, "responses": 1, "errors": 1, "finish_reason": "finished"}
     assert "something went wrong" in site.log(job["identifier"])
-    message = refused_push(site, config("[settings]\ndefault = bar.settings\n[deploy]\nproject = bar\n"), 400)
+    message = denied(site.try_push(config("[settings]\ndefault = bar.settings\n[deploy]\nproject = bar\n")), 400)
     assert message.endswith("'bar'\nscrapy.cfg or a setting names it; put it into the archive, or install it")
 
 
@@ -2053,12 +2362,11 @@ def test_a_project_that_talks_and_configures_a_lot_is_listed_counted_and_logged(
 def test_a_missing_dependency_is_named_then_its_cure_then_the_projects_own_frames(inside, tmp_path, has_requirements):
     site = inside(scrapy=(sys.executable, "-m", "scrapy"))
     modules = {"spiders/city": "import shop.base\n", "base": "\nimport city_scrapers_core.items\n"}
-    archive = real_project("in/", **modules)
+    archive = io.BytesIO(real_project("in/", **modules))
     if has_requirements:
-        with zipfile.ZipFile(buffer := io.BytesIO(archive), "a") as bundle:
+        with zipfile.ZipFile(archive, "a") as bundle:
             bundle.writestr("in/requirements.txt", "city-scrapers-core\n")
-        archive = buffer.getvalue()
-    message = refused_push(site, archive, 400)
+    message = denied(site.try_push(archive.getvalue()), 400)
     what = "-r requirements.txt" if has_requirements else "city_scrapers_core"
     assert message.splitlines() == [
         "'scrapy list' failed in the project: ModuleNotFoundError: No module named 'city_scrapers_core'",
@@ -2083,7 +2391,7 @@ def test_what_is_missing_is_to_be_installed_where_scrapy_is(inside, tmp_path, la
     path.write_text(f"#!/bin/sh\necho \"ModuleNotFoundError: No module named '{missing}'\" >&2; exit 1\n")
     path.chmod(0o755)
     site = inside(scrapy=(str(path), "run"))
-    message = refused_push(site, stub_project(), 400, f"No module named '{missing}'", advice.format(tmp_path))
+    message = denied(site.try_push(stub_project()), 400, f"No module named '{missing}'", advice.format(tmp_path))
     assert "uv -m" not in message
     assert not advice or message.index("No module") < message.index("pip install")
     assert ("pip install" in message) == bool(advice)
@@ -2179,9 +2487,6 @@ def test_new_files_at_the_top_of_a_working_copy_are_told_in_the_log(outside):
     assert "pycache" not in line
 
 
-# ---- 5. Long values --------------------------------------------------------------------------------------------------
-
-
 def test_payload_args_and_settings_have_a_limit_within_which_crawls_start(inside, monkeypatch):
     site = inside(job_slots=1)
     site.push(talk='printf %s "$*" | wc -c')
@@ -2192,8 +2497,8 @@ def test_payload_args_and_settings_have_a_limit_within_which_crawls_start(inside
 
     limit = scrapy_do.ARGUMENT_BYTES
     for long in ({"payload": f'{{"x": "{"p" * 200_000}"}}'}, fields(limit + 99)):
-        status, answer = site.try_post("schedule-job", project="shop", spider="talk", when="now", **long)
-        assert (status, f"at most {limit} bytes together" in answer["msg"]) == (413, True)
+        answer = site.try_post("schedule-job", project="shop", spider="talk", when="now", **long)
+        denied(answer, 413, f"at most {limit} bytes together")
     assert site.jobs("ACTIVE") == site.jobs("COMPLETED") == []
     for long in (fields(limit - 99), {"arg": "a=" + "x" * (limit - 99)}, {"arg": [f"a{n}=x" for n in range(200)]}):
         assert site.wait_job(site.schedule("talk", **long))["reason"] is None
@@ -2213,21 +2518,16 @@ def test_a_big_project_is_pushed_with_one_short_line_and_a_misspelt_spider_is_an
     site.push(make_zip({**SHOP, "spiders.txt": "\n".join(names)}))
     assert site.get("list-spiders", project="shop")["spiders"] == names
     fields = {"project": "shop", "spider": "spider_of_twon_0042", "when": "every day"}
-    status, answer = site.try_post("schedule-job", **fields)
-    assert (status, "did you mean 'spider_of_town_0042'" in answer["msg"]) == (404, True)
-    assert "list-spiders.json?project=shop shows the 5000 there are" in answer["msg"]
-    assert len(answer["msg"]) < 250
-    status, answer = site.try_post("schedule-job", **fields | {"project": "'shop'"})
-    assert (status, "did you mean 'shop'" in answer["msg"]) == (404, True)
-    status, answer = site.try_post("remove-project", name="shpo")
-    assert (status, "did you mean 'shop'" in answer["msg"]) == (404, True)
+    words = ("did you mean 'spider_of_town_0042'", "list-spiders.json?project=shop shows the 5000 there are")
+    assert len(denied(site.try_post("schedule-job", **fields), 404, *words)) < 250
+    denied(site.try_post("schedule-job", **fields | {"project": "'shop'"}), 404, "did you mean 'shop'")
+    denied(site.try_post("remove-project", name="shpo"), 404, "did you mean 'shop'")
     assert "project shop was pushed with 5000 spiders" in site.log_path.read_text()
     assert max(map(len, site.log_path.read_text().splitlines())) < 400
 
 
-@pytest.mark.parametrize("folder", ["", "in/"])
-def test_a_second_push_replaces_the_first_wherever_it_is_in_the_archive(site, tmp_path, folder):
-    for number, place in enumerate([folder, "a/b/", folder]):
+def test_a_second_push_replaces_the_first_wherever_it_is_in_the_archive(site, tmp_path):
+    for number, place in enumerate(["", "a/b/", "in/", ""]):
         answer = site.push(stub_project(folder=place, **{"both": f"echo {number}", f"only{number}": "exit 0"}))
         assert answer["spiders"] == ["both", f"only{number}", "quick"]
         assert answer["spiders"] == site.get("list-spiders", project="shop")["spiders"]
@@ -2246,9 +2546,7 @@ def test_active_jobs_keep_their_spider_and_their_project(inside, tmp_path, statu
     identifier = site.schedule("leave", "every day" if status == "SCHEDULED" else "now")
     before = site.wait_job(identifier, status), folder_contents(tmp_path / "data" / "projects")
     for path, fields in (("push-project", {"archive": stub_project(stay=waits)}), ("remove-project", {"name": "shop"})):
-        code, answer = site.try_post(path, **fields)
-        assert (code, answer["status"]) == (409, "error")
-        assert f"{identifier} (leave, {status})" in answer["msg"]
+        denied(site.try_post(path, **fields), 409, f"{identifier} (leave, {status})")
         assert (site.job(identifier), folder_contents(tmp_path / "data" / "projects")) == before
         assert site.get("list-spiders", project="shop")["spiders"] == ["leave", "quick", "stay"]
     site.push(stay=waits, leave=waits)  # nothing is missing, so this is fine
@@ -2286,8 +2584,7 @@ def test_a_removed_project_is_gone_also_from_the_disk(outside, tmp_path):
     site.push(name="shop")
     site.wait_job(site.schedule())
     site.post("remove-project", name="shop")
-    code, answer = site.try_post("remove-project", name="shop")
-    assert (code, "'shop'" in answer["msg"]) == (404, True)
+    denied(site.try_post("remove-project", name="shop"), 404, "'shop'")
     assert folder_contents(tmp_path / "data" / "projects") == before
     site.stop()
     site.start()
@@ -2336,68 +2633,7 @@ def test_pushes_while_crawls_run_never_mix_two_versions(site):
     assert all(number // 3 <= version for number, version in enumerate(seen))
 
 
-def test_a_push_that_the_stop_of_the_daemon_interrupts_changes_nothing(outside, tmp_path):
-    site = outside()
-    site.push()
-    before = folder_contents(tmp_path / "data" / "projects")
-    with concurrent.futures.ThreadPoolExecutor(1) as pool:
-        pushed = pool.submit(site.try_push, plus(("list.sh", f"touch {tmp_path}/on; sleep 99")))
-        wait_for((tmp_path / "on").exists)
-        assert site.stop(seconds=5) == 0
-        assert pushed.result()[0] == 503
-    assert folder_contents(tmp_path / "data" / "projects") == before
-    site.start()
-    assert site.get("list-spiders", project="shop")["spiders"] == ["quick"]
-
-
 # ---- 6. Daemon -------------------------------------------------------------------------------------------------------
-
-POLITE = "trap 'echo bye; exit 0' TERM; echo started; while :; do sleep 0.02; done"
-STUBBORN = "trap 'echo asked' TERM; echo started; while :; do sleep 0.02; done"
-NOTE = "echo $! >> $SPIDER_DATA_DIR/pids"
-
-
-def refuse_job(client, status, *words, **fields):
-    """Ask for a job that must be refused with these words, and check that there is none."""
-    fields = {"project": "shop", "spider": "quick", "when": "now", **fields}
-    answered, answer = client.try_post("schedule-job", **fields)
-    assert (answered, [word for word in words if word not in answer["msg"]]) == (status, []), answer
-    assert client.jobs("ACTIVE") == []
-
-
-def refuse_cancel(client, status, *words, **fields):
-    """Ask for a cancel that must be refused with these words."""
-    answered, answer = client.try_post("cancel-job", **fields)
-    assert (answered, [word for word in words if word not in answer["msg"]]) == (status, []), answer
-
-
-def running(client, spider, **fields):
-    """Schedule a crawl, and return its identifier when it has begun to talk."""
-    job = client.schedule(spider, **fields)
-    wait_for(lambda: client.job(job)["status"] == "RUNNING" and "started" in client.log(job, "out"))
-    return job
-
-
-def check_counts(status):
-    """The counters of status.json must add up."""
-    ended = status["jobs-successful"] + status["jobs-failed"] + status["jobs-canceled"]
-    assert status["jobs-run"] == ended + status["jobs-running"], status
-
-
-def noted(tmp_path, name="pids"):
-    """Return what crawls have noted in a file, word by word."""
-    path = tmp_path / "data/spider-data" / name
-    return path.read_text().split() if path.exists() else []
-
-
-def living(tmp_path):
-    """Return the processes that crawls have noted and that still run."""
-    return [pid for pid in map(int, noted(tmp_path)) if not is_gone(pid)]
-
-
-def runs_of(client, schedule, status="COMPLETED"):
-    """Return the runs of a schedule."""
-    return client.get("list-jobs", status=status, scheduled_by=schedule)["jobs"]
 
 
 # Life of a job
@@ -2428,20 +2664,12 @@ def test_a_job_has_the_keys_of_the_contract(site):
     ("fields", "status", "words"),
     [
         *(({"payload": text}, 400, ["payload"]) for text in ("", "[]", "1", "{", '{"a": 1} x', "null", "[" * 50_000)),
-        *(
-            ({"arg": text}, 400, ["arg", "NAME=VALUE"])
-            for text in ("", "a", "=1", " =1", "-a=1", "a\0=1", "a=\0", "a\nb=1")
-        ),
-        *(
-            ({"setting": text}, 400, ["setting", "NAME=VALUE"])
-            for text in ("", "A", "=1", "1A=1", "A B=1", "A-B=1", "A=\0")
-        ),
+        *(({"arg": f"{text}=1"}, 400, ["arg", "NAME=VALUE"]) for text in ("", " ", "-a", "a\0", "a=\0", "a\nb")),
+        *(({"setting": f"{text}=1"}, 400, ["setting", "NAME=VALUE"]) for text in ("", "1A", "A B", "A-B", "A=\0")),
+        *(({name: text}, 400, [name, "NAME=VALUE"]) for name in ("arg", "setting") for text in ("", "A")),
         ({"arg": ["a=1", "b"]}, 400, ["'b'"]),
         ({"arg": "payload=x", "payload": '{"a": 1}'}, 400, ["payload", "arg", "leave one of them out"]),
-        *(
-            ({"timeout": text}, 400, ["timeout", repr(text)])
-            for text in ("0", "-1", "", "x", "nan", "inf", "1_0", "1 s")
-        ),
+        *(({"timeout": text}, 400, ["timeout", repr(text)]) for text in ("0", "-1", "", "x", "nan", "inf", "1_0", "1 s")),
         *(({"priority": text}, 400, ["priority", "whole number"]) for text in ("", "1.5", "x", "1_0", "9" * 30)),
         *(({"items": text}, 400, ["items"]) for text in ("", "2", "yes")),
         ({"description": "x" * (100 * 1024)}, 413, ["description", "at most"]),
@@ -2453,7 +2681,9 @@ def test_a_job_has_the_keys_of_the_contract(site):
 )
 def test_a_job_that_makes_no_sense_is_refused(site, fields, status, words):
     site.push()
-    refuse_job(site, status, *words, **fields)
+    fields = {"project": "shop", "spider": "quick", "when": "now", **fields}
+    denied(site.try_post("schedule-job", **fields), status, *words)
+    assert site.jobs("ACTIVE") == []
 
 
 ARGS = ["page=-2", "page=2", "eq==x= ", "zdanie=zażółć\n--gęślą jaźń;", "漢字=漢 字", "none="]
@@ -2464,52 +2694,42 @@ SHOW = "for word; do printf '%s|' \"$word\"; done"
 def test_args_and_settings_reach_the_runs_of_a_schedule_unchanged_and_in_order_also_after_a_crash(outside):
     site = outside()
     site.push(show=SHOW)
-    schedule = site.schedule(
-        "show", "every second", arg=ARGS, setting=SETTINGS, payload='{"a": 1}', timeout="50", priority=7
-    )
+    wish = {"arg": ARGS, "setting": SETTINGS, "payload": '{"a": 1}', "timeout": "50", "priority": 7}
+    schedule = site.schedule("show", "every second", **wish)
     site.kill()
     site.start()
     run = wait_for(lambda: runs_of(site, schedule, "SUCCESSFUL"))[-1]
     words = site.log(run["identifier"], "out").split("|")[1::2]
     assert words == ['payload={"a": 1}', *ARGS, "LOG_FILE=", *SETTINGS]
-    for job in (run, site.job(schedule)):
-        assert [job[key] for key in ("args", "settings", "timeout", "priority")] == [ARGS, SETTINGS, 50, 7]
     made = site.job(schedule)
-    assert (run["actor"], run["schedule"], run["scheduled_by"], made["scheduled_by"]) == (
-        "SCHEDULER",
-        "now",
-        schedule,
-        None,
-    )
-    assert run["started"] is not made["started"] is None
+    for job in (run, made):
+        assert [job[key] for key in ("args", "settings", "timeout", "priority")] == [ARGS, SETTINGS, 50, 7]
+    assert (run["actor"], run["schedule"], run["scheduled_by"]) == ("SCHEDULER", "now", schedule)
+    assert (made["scheduled_by"], made["started"], run["started"] is None) == (None, None, False)
 
 
-def test_a_crawl_gets_its_environment_and_nothing_of_the_daemons_supervisor(outside, tmp_path):
+def test_a_crawl_gets_its_environment_and_nothing_of_the_daemons_supervisor_also_after_a_reload(outside, tmp_path):
+    own = {"LISTEN_FDNAMES": "x", "WATCHDOG_USEC": "99000000", "WATCHDOG_PID": "1", "CREDENTIALS_DIRECTORY": "/x",
+           "NOTIFY_SOCKET": str(tmp_path / "notify"), "SCRAPY_SETTINGS_MODULE": "wrong.module", "OURS": "zażółć"}  # fmt: skip
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify:
         notify.bind(str(tmp_path / "notify"))
-        own = {"LISTEN_FDNAMES": "x", "WATCHDOG_USEC": "99000000", "WATCHDOG_PID": "1",
-               "NOTIFY_SOCKET": str(tmp_path / "notify"),
-               "CREDENTIALS_DIRECTORY": "/x", "SCRAPY_SETTINGS_MODULE": "wrong.module", "OURS": "zażółć"}  # fmt: skip
         site = outside(environment=own, command=("env", "LISTEN_FDS=0", "LISTEN_PID=1", sys.executable, str(MODULE)))
-        site.push(
-            settings="shop.settings",
-            show="env; pwd; ls -l /proc/self/fd | grep -c socket:; grep SigBlk /proc/self/status",
-        )
-        job = site.wait_job(site.schedule("show"))["identifier"]
-    said = site.log(job, "out").splitlines()
-    environment = dict(line.partition("=")[::2] for line in said)
-    work = tmp_path / "data/work" / job
-    assert {name: environment[name] for name in ("SCRAPY_JOB", "SCRAPY_PROJECT", "SCRAPY_SPIDER",
-                                                 "SPIDER_DATA_DIR", "OURS",
-                                                 "PYTHONIOENCODING")} == {
-        "SCRAPY_JOB": job, "SCRAPY_PROJECT": "shop", "SCRAPY_SPIDER": "show", "OURS": "zażółć",
-        "PYTHONIOENCODING": "utf-8",
-        "SPIDER_DATA_DIR": str(tmp_path / "data/spider-data"),
-    }  # fmt: skip
-    assert str(work) in environment["PYTHONPATH"].split(":")
-    assert "wrong" not in environment["SCRAPY_SETTINGS_MODULE"]
-    assert [name for name in environment if name.startswith(("LISTEN_", "WATCHDOG_", "NOTIFY_", "CREDENTIALS_"))] == []
-    assert said[-3:] == [str(work), "0", f"SigBlk:\t{'0' * 16}"]
+        show = "env; pwd; ls -l /proc/self/fd | grep -c socket:; grep -E 'Sig(Blk|Ign)' /proc/self/status"
+        site.push(settings="shop.settings", show=show)
+        for _ in range(2):
+            job = site.wait_job(site.schedule("show"))["identifier"]
+            lines = site.log(job, "out").splitlines()
+            environment, work = dict(line.partition("=")[::2] for line in lines), tmp_path / "data/work" / job
+            wanted = {"SCRAPY_JOB": job, "SCRAPY_PROJECT": "shop", "SCRAPY_SPIDER": "show", "OURS": "zażółć",
+                      "PYTHONIOENCODING": "utf-8", "SPIDER_DATA_DIR": str(tmp_path / "data/spider-data")}  # fmt: skip
+            assert {name: environment[name] for name in wanted} == wanted
+            assert str(work) in environment["PYTHONPATH"].split(":")
+            assert "wrong" not in environment["SCRAPY_SETTINGS_MODULE"]
+            theirs = ("LISTEN_", "WATCHDOG_", "NOTIFY_", "CREDENTIALS_", scrapy_do.HANDOVER)
+            assert [name for name in environment if name.startswith(theirs)] == []
+            assert lines[-4:-1] == [str(work), "0", f"SigBlk:\t{'0' * 16}"]
+            assert int(lines[-1].split()[1], 16) & sum(1 << number - 1 for number in scrapy_do.SIGNALS) == 0
+            site.reload()
 
 
 @pytest.mark.parametrize(
@@ -2560,27 +2780,13 @@ def test_statistics_are_what_scrapy_has_reported_or_null(site, report, stats):
 # Slots, priority, order
 
 
-def test_no_more_crawls_run_than_there_are_slots_and_the_next_starts_in_the_order_of_making(inside, tmp_path):
-    site = inside(job_slots=2)
-    site.push(hold=HOLD, note="echo $SCRAPY_JOB >> $SPIDER_DATA_DIR/order")
-    site.schedule("hold"), running(site, "hold")
-    made = [site.schedule("note") for _ in range(4)]
-    status = site.get("status")
-    assert (status["jobs-running"], status["jobs-pending"]) == (2, 4)
-    assert [job["identifier"] for job in site.jobs("PENDING")] == made[::-1]
-    release(tmp_path)
-    for job in made:
-        assert site.wait_job(job)["status"] == "SUCCESSFUL"
-    begun = [site.job(job)["started"] for job in made]
-    assert begun == sorted(begun)
-    check_counts(site.get("status"))
-
-
 def test_jobs_start_by_priority_and_in_the_order_of_making_within_it_also_after_a_restart(outside, tmp_path):
     site = outside("--job-slots", "1", "--kill-after", "0.2")
     site.push(hold=HOLD, note="echo $SCRAPY_JOB >> $SPIDER_DATA_DIR/order")
     first = running(site, "hold", priority=9)
     made = {number: site.schedule("note", priority=priority) for number, priority in enumerate([0, 5, -3, 5, 0, 1])}
+    status = site.get("status")
+    assert (status["jobs-running"], status["jobs-pending"]) == (1, 6)
     assert site.stop() == 0
     site.start()
     wait_for(lambda: "started" in site.log(first, "out"))
@@ -2588,6 +2794,7 @@ def test_jobs_start_by_priority_and_in_the_order_of_making_within_it_also_after_
     for job in made.values():
         site.wait_job(job)
     assert noted(tmp_path, "order") == [made[number] for number in (1, 3, 5, 0, 4, 2)]
+    check_counts(site.get("status"))
 
 
 def test_projects_and_spiders_have_limits_of_their_own_and_others_pass_by(inside, tmp_path):
@@ -2629,13 +2836,6 @@ def test_a_hung_spider_of_a_schedule_holds_one_slot_and_a_run_that_waits_is_the_
     wait_for(lambda: len(runs_of(site, schedule, "SUCCESSFUL")) == 2)
 
 
-def waiting(number, spider="quick", priority=0, run_of=None, project="shop"):
-    """Return a job that waits for a slot."""
-    return scrapy_do.Job(f"{number:036}", scrapy_do.Status.PENDING, "USER", "now", project, spider, 1.7e9,
-                         priority=priority,
-                         scheduled_by=run_of)  # fmt: skip
-
-
 @pytest.mark.parametrize(
     "limits", [{}, {"project_slots": 2}, {"spider_slots": 1}, {"project_slots": 3, "spider_slots": 2}]
 )
@@ -2657,8 +2857,8 @@ def test_the_job_that_starts_is_always_the_first_that_may(limits):
     for number in range(6000):
         step = draw.random()
         if step < 0.45 and len(queued) < 40:
-            spider, project, run_of = draw.choice("abc"), draw.choice("pqr"), draw.choice([None, None, "x", "y"])
-            job = waiting(number, spider, draw.randrange(-1, 2), run_of, project)
+            job = make_job(number, spider=draw.choice("abc"), project=draw.choice("pqr"), priority=draw.randrange(-1, 2),
+                           scheduled_by=draw.choice([None, None, "x", "y"]))  # fmt: skip
             queued.append(job)
             line.put(job)
         elif step < 0.55 and queued:
@@ -2679,13 +2879,13 @@ def test_the_job_that_starts_is_always_the_first_that_may(limits):
 def test_a_start_does_not_go_through_all_jobs_that_a_limit_holds_back(monkeypatch):
     line = scrapy_do.Waiting(scrapy_do.Settings(job_slots=3, spider_slots=1))
     for number in range(10_000):
-        line.put(waiting(number, "blocked"))
+        line.put(make_job(number, spider="blocked"))
     first = line.pop([])
     assert (first.spider, line.pop([first])) == ("blocked", None)
     looks, pop = [], scrapy_do.heapq.heappop
     monkeypatch.setattr(scrapy_do.heapq, "heappop", lambda heap: looks.append(1) or pop(heap))
     for number in range(10_000, 10_100):
-        job = waiting(number, f"other{number}")
+        job = make_job(number, spider=f"other{number}")
         line.put(job)
         assert line.pop([first]) is job
         assert line.pop([first, job]) is None
@@ -2716,15 +2916,16 @@ def test_a_start_that_fails_frees_its_slot(inside, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("name", "error", "words"),
+    ("name", "error", "status"),
     [
-        ("copy_tree", OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), "the code cannot be copied for the crawl"),
-        ("copy_tree", RuntimeError("broken on purpose"), "broken on purpose"),
-        ("crawl_arguments", ValueError("broken on purpose"), "broken on purpose"),
+        ("copy_tree", OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), "FAILED"),
+        ("crawl_arguments", ValueError("broken on purpose"), "FAILED"),
+        ("find_family", OSError(errno.EROFS, "read-only"), "SUCCESSFUL"),
+        ("find_family", RuntimeError("broken on purpose"), "SUCCESSFUL"),
     ],
 )
-def test_whatever_goes_wrong_at_a_start_its_slot_comes_free(inside, monkeypatch, name, error, words):
-    def fail(*args):
+def test_whatever_goes_wrong_at_a_start_or_an_end_its_slot_comes_free(inside, monkeypatch, name, error, status):
+    def fail(*args, **more):
         raise error
 
     site = inside(job_slots=1)
@@ -2732,20 +2933,7 @@ def test_whatever_goes_wrong_at_a_start_its_slot_comes_free(inside, monkeypatch,
     with monkeypatch.context() as patch:
         patch.setattr(scrapy_do, name, fail)
         job = site.wait_job(site.schedule())
-    assert (job["status"], words in job["reason"]) == ("FAILED", True), job
-    assert site.wait_job(site.schedule())["status"] == "SUCCESSFUL"
-
-
-@pytest.mark.parametrize("how", [OSError(errno.EROFS, "read-only"), RuntimeError("broken on purpose")], ids=repr)
-def test_whatever_goes_wrong_at_an_end_its_slot_comes_free(inside, monkeypatch, how):
-    def fail(*args, **more):
-        raise how
-
-    site = inside(job_slots=1)
-    site.push()
-    with monkeypatch.context() as patch:
-        patch.setattr(scrapy_do, "find_family", fail)
-        assert site.wait_job(site.schedule())["status"] == "SUCCESSFUL"
+    assert (job["status"], status == "SUCCESSFUL" or error.args[-1] in job["reason"]) == (status, True), job
     assert site.wait_job(site.schedule())["status"] == "SUCCESSFUL"
 
 
@@ -2778,8 +2966,8 @@ def test_cancel_ends_scheduled_and_pending_jobs_at_once_and_no_finished_one(insi
         canceled = site.job(job)
         assert (canceled["status"], canceled["reason"]) == ("CANCELED", "canceled by the user")
         assert canceled["next_run"] is canceled["started"] is canceled["duration"] is canceled["exit_code"] is None
-        refuse_cancel(site, 409, "has ended already", "CANCELED", id=job)
-    refuse_cancel(site, 404, "list-jobs.json?status=", id=job[:-1] + ("0" if job[-1] != "0" else "1"))
+        denied(site.try_post("cancel-job", id=job), 409, "has ended already", "CANCELED")
+    denied(site.try_post("cancel-job", id=NOBODY), 404, "list-jobs.json?status=")
     release(tmp_path)
 
 
@@ -2804,11 +2992,7 @@ def test_a_project_or_a_spider_is_canceled_with_all_its_jobs_and_no_others(insid
     site = inside(job_slots=2, kill_after=0.2)
     site.push(stubborn=STUBBORN, hold=HOLD)
     site.push(stub_project("second", hold=HOLD))
-    mine = [
-        running(site, "stubborn"),
-        site.schedule("stubborn", "every 2 hours"),
-        site.schedule("stubborn", "every 3 hours"),
-    ]
+    mine = [running(site, "stubborn"), *(site.schedule("stubborn", f"every {hours} hours") for hours in (2, 3))]
     other = running(site, "hold", project="second")
     mine.append(site.schedule("stubborn"))
     quick = site.schedule(when="every 2 hours")
@@ -2817,9 +3001,9 @@ def test_a_project_or_a_spider_is_canceled_with_all_its_jobs_and_no_others(insid
     assert (site.job(quick)["status"], site.job(other)["status"]) == ("SCHEDULED", "RUNNING")
     assert site.post("cancel-job", project="shop")["canceled"] == 1
     assert site.post("cancel-job", project="shop")["canceled"] == 0
-    refuse_cancel(site, 404, "'thrid'", project="thrid")
-    refuse_cancel(site, 400, "project", spider="stubborn")
-    refuse_cancel(site, 400, "project", id=other, project="second")
+    denied(site.try_post("cancel-job", project="thrid"), 404, "'thrid'")
+    denied(site.try_post("cancel-job", spider="stubborn"), 400, "project")
+    denied(site.try_post("cancel-job", id=other, project="second"), 400, "project")
     release(tmp_path)
     assert site.wait_job(other)["status"] == "SUCCESSFUL"
 
@@ -2855,9 +3039,10 @@ def test_a_job_that_is_canceled_while_its_code_is_copied_never_starts(inside, tm
     assert site.get("status")["jobs-run"] == 1
 
 
-@pytest.mark.parametrize(("spider", "code"), [("polite", 0), ("stubborn", -9)])
-@pytest.mark.parametrize("whose", ["job", "option", "job before option"])
-def test_a_crawl_that_runs_longer_than_its_timeout_is_ended_and_has_failed(outside, tmp_path, spider, code, whose):
+@pytest.mark.parametrize(
+    ("whose", "spider", "code"), [("job", "stubborn", -9), ("option", "polite", 0), ("job before option", "polite", 0)]
+)
+def test_a_crawl_that_runs_longer_than_its_timeout_is_ended_and_has_failed(outside, tmp_path, whose, spider, code):
     site = outside("--kill-after", "0.2", "--job-timeout", {"job": "0", "option": "0.3"}.get(whose, "1000"))
     site.push(polite=POLITE, stubborn=f"({STUBBORN}) & {NOTE}\n{STUBBORN}")
     began = time.monotonic()
@@ -2877,11 +3062,8 @@ def test_a_cancel_right_at_the_start_of_a_crawl_with_a_timeout_still_kills_it(in
     site.push(stubborn="trap '' TERM; while :; do sleep 0.02; done")
     jobs = [site.schedule("stubborn") for _ in range(8)]
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
-        asked = [
-            pool.submit(lambda job=job: site.wait_job(job, "RUNNING") and site.try_post("cancel-job", id=job))
-            for job in jobs
-        ]
-        assert {answer.result(20)[0] for answer in asked} == {200}
+        asked = pool.map(lambda job: site.wait_job(job, "RUNNING") and site.try_post("cancel-job", id=job), jobs)
+        assert {answer[0] for answer in asked} == {200}
 
 
 def test_a_cancel_that_comes_after_the_timeout_counts_and_asks_no_second_time(inside, tmp_path):
@@ -2917,14 +3099,11 @@ def test_nothing_of_a_crawl_outlives_it_and_nothing_else_is_hit(outside, tmp_pat
     site = outside("--kill-after", "0.4", "--job-slots", "20")
     tail = "exit 0" if end == "exits" else "sleep 60"
     ready = "while [ ! -e $SPIDER_DATA_DIR/go ]; do sleep 0.02; done"
-    site.push(
-        **{name: f"{tree}\necho started; {ready}; {tail}" for name, tree in TREES.items()}, bystander="exec sleep 60"
-    )
+    scripts = {name: f"{tree}\necho started; {ready}; {tail}" for name, tree in TREES.items()}
+    site.push(**scripts, bystander="exec sleep 60")
     bystander = site.wait_job(site.schedule("bystander"), "RUNNING")["identifier"]
     marks = {"SCRAPY_JOB": bystander, "SPIDER_DATA_DIR": str(tmp_path / "data/spider-data")}
-    with subprocess.Popen(
-        ["sleep", "60"], env={**os.environ, **marks}
-    ) as stranger:  # looks like a crawl, but is not below the daemon
+    with subprocess.Popen(["sleep", "60"], env={**os.environ, **marks}) as stranger:  # it is not below the daemon
         jobs = [running(site, name) for name in TREES]
         wait_for(lambda: len(living(tmp_path)) == len(TREES))
         release(tmp_path)
@@ -2942,69 +3121,28 @@ def test_nothing_of_a_crawl_outlives_it_and_nothing_else_is_hit(outside, tmp_pat
     wait_for(lambda: not [path for path in (tmp_path / "data/work").iterdir() if path.name in jobs])
 
 
-@pytest.mark.parametrize("launcher", ["passes-on", "plain-sh"])
-def test_the_leader_is_asked_once_and_what_it_leaves_after_it(outside, tmp_path, launcher):
-    """A second SIGTERM tells Scrapy to drop its feeds; a plain sh is gone at the first."""
-    site = outside("--kill-after", "20")
-    crawl = "trap 'echo asked; asked=1' TERM; echo started; until [ $asked ]; do sleep 0.02; done; sleep 0.3; echo stored"
-    start = {
-        "passes-on": "sh child.sh & trap 'kill $!' TERM; wait; trap '' TERM; wait",
-        "plain-sh": "sh child.sh; exit",
-    }[launcher]
-    with zipfile.ZipFile(buffer := io.BytesIO(stub_project(talk=start)), "a") as bundle:
-        bundle.writestr("child.sh", crawl)
-    site.push(buffer.getvalue())
-    job = running(site, "talk")
-    site.post("cancel-job", id=job)
-    assert site.job(job)["reason"] == "canceled by the user"
-    assert site.log(job, "out").splitlines() == ["started", "asked", "stored"]
-
-
-def test_a_crawl_ends_when_its_leader_ends_whoever_holds_its_output(outside, tmp_path):
-    site = outside("--kill-after", "0.3")
-    site.push(daemonizes="(trap '' TERM; setsid sleep 60) & echo done")
-    began = time.monotonic()
-    job = site.wait_job(site.schedule("daemonizes"))
-    assert (job["status"], site.log(job["identifier"], "out")) == ("SUCCESSFUL", "done\n")
-    assert time.monotonic() - began < 10
-
-
 # Many at once
 
 
 def test_many_spiders_are_scheduled_in_one_call_all_or_nothing(site, tmp_path):
     site.push(**{f"s{number}": "exit 0" for number in range(200)})
-    refuse_job(site, 404, "'nobody'", spider=["s1", "s2", "nobody"])
+    denied(site.try_post("schedule-job", project="shop", spider=["s1", "nobody"], when="now"), 404, "'nobody'")
+    assert site.jobs("ACTIVE") == []
     before = len((tmp_path / "data/state.json").read_text().splitlines())
     answer = site.post("schedule-job", project="shop", spider="*", when="every 2 hours")
     assert len((tmp_path / "data/state.json").read_text().splitlines()) - before <= 201
     assert answer["identifier"] == answer["identifiers"][0]
     jobs = {job["identifier"]: job for job in site.jobs("SCHEDULED")}
     assert jobs.keys() == set(answer["identifiers"])
-    assert (
-        sorted(jobs[job]["spider"] for job in answer["identifiers"])
-        == site.get("list-spiders", project="shop")["spiders"]
-    )
+    assert sorted(job["spider"] for job in jobs.values()) == site.get("list-spiders", project="shop")["spiders"]
     assert site.post("cancel-job", project="shop")["canceled"] == 201
-    answer = site.post("schedule-job", project="shop", spider=["s3", "quick", "s3"], when="now")
+    fields = {"project": "shop", "spider": ["s3", "quick", "s3"], "when": "now"}
+    _, answer = site.call("POST", "/schedule-job.json", json.dumps(fields), {"Content-Type": JSON})
     assert [site.wait_job(job)["spider"] for job in answer["identifiers"]] == ["s3", "quick"]
     assert "identifiers" not in site.post("schedule-job", project="shop", spider="quick", when="now")
 
 
 # Retention
-
-
-def kept_logs(tmp_path):
-    """Return the jobs that have logs."""
-    return {path.stem for path in (tmp_path / "data/logs").iterdir()}
-
-
-SPANS = itertools.count(900, -1)
-
-
-def wake_timer(client):
-    """Have the timer look at the clock, as it does once a minute by itself: a schedule due before all others."""
-    client.schedule(when=f"every {next(SPANS)} seconds")
 
 
 def test_only_the_newest_finished_jobs_are_kept_and_the_answer_says_so(inside, tmp_path):
@@ -3017,15 +3155,13 @@ def test_only_the_newest_finished_jobs_are_kept_and_the_answer_says_so(inside, t
     assert [job["identifier"] for job in site.jobs("COMPLETED")] == made[:2:-1]
     wait_for(lambda: kept_logs(tmp_path) == set(made[3:]))
     assert list(kept_jobs(tmp_path)) == made[3:]
-    status, answer = site.call("GET", f"/get-log/data/{made[0]}.out")
-    assert (status, "--completed-cap" in answer["msg"]) == (404, True)
+    denied(site.request("GET", f"/get-log/data/{made[0]}.out"), 404, "--completed-cap")
 
 
 def test_finished_jobs_are_forgotten_by_the_size_of_their_logs_also_after_a_restart(outside, tmp_path):
     site = outside("--keep-mib", "1")
-    site.push(
-        half="head -c 300000 /dev/zero; head -c 200000 /dev/zero >&2", big="head -c 2000000 /dev/zero", small="echo x"
-    )
+    half = "head -c 300000 /dev/zero; head -c 200000 /dev/zero >&2"
+    site.push(half=half, big="head -c 2000000 /dev/zero", small="echo x")
 
     def run(spider):
         job = site.wait_job(site.schedule(spider))["identifier"]
@@ -3047,71 +3183,29 @@ def test_finished_jobs_are_forgotten_by_the_size_of_their_logs_also_after_a_rest
 
 # The clock. A daemon in a process of its own has one that is off by as many seconds as a file says.
 
-SHIFTED = """
-import time
-real = time.time
-def shifted():
-    try:
-        with open({path!r}) as file:
-            return real() + float(file.read())
-    except FileNotFoundError:
-        return real()
-time.time = shifted
-"""
-DAY = 86_400
-
-
-@pytest.fixture
-def clocked(outside, tmp_path):
-    """Return a function that starts a daemon with a clock of its own, and a function that sets that clock."""
-    (tmp_path / "python").mkdir()
-    (tmp_path / "python/sitecustomize.py").write_text(SHIFTED.format(path=str(tmp_path / "offset")))
-
-    def set_clock(seconds):
-        (tmp_path / "new").write_text(str(seconds))
-        (tmp_path / "new").rename(tmp_path / "offset")
-
-    def start(*options, offset=0.0):
-        set_clock(offset)
-        return outside(*options, environment={"PYTHONPATH": str(tmp_path / "python")}), set_clock
-
-    return start
-
-
-def due(tmp_path, schedule):
-    """Return when a schedule is due next, as the state file says."""
-    return kept_jobs(tmp_path)[schedule]["due"]
-
-
-def test_due_times_that_were_slept_over_become_one_run_and_the_grid_goes_on(clocked, tmp_path):
+def test_due_times_that_were_missed_become_one_run_and_the_grid_goes_on(clocked, tmp_path):
     site, set_clock = clocked()
     site.push()
     schedules = [site.schedule(when=when) for when in ("every 10 minutes", "every 7 days", "every 2 to 3 hours")]
     began = [due(tmp_path, schedule) for schedule in schedules]
-    ticker = site.schedule(when="every 1 second")
-    set_clock(3 * DAY)  # the timer looks again within a second
-    assert len(wait_for(lambda: runs_of(site, schedules[0], "SUCCESSFUL"))) == 1
-    assert len(wait_for(lambda: runs_of(site, schedules[2], "SUCCESSFUL"))) == 1
-    wait_for(lambda: len(runs_of(site, ticker)) >= 3)
-    assert [len(runs_of(site, schedule)) for schedule in schedules] == [1, 0, 1]
-    assert due(tmp_path, schedules[1]) == began[1]
-    late = due(tmp_path, schedules[0]) - began[0]
-    assert late % 600 == pytest.approx(0, abs=1e-3) or late % 600 == pytest.approx(600, abs=1e-3)
-    assert 0 < due(tmp_path, schedules[0]) - time.time() - 3 * DAY <= 600
-    assert 0 < due(tmp_path, schedules[2]) - time.time() - 3 * DAY <= 3 * 3600
+    site.schedule(when="every second")  # so that the timer looks at the clock
 
+    def check(count, gone):
+        for plan in (schedules[0], schedules[2]):
+            wait_for(lambda plan=plan: len(runs_of(site, plan, "SUCCESSFUL")) == count)
+        assert runs_of(site, schedules[1]) == []
+        steady, weekly, drawn = (due(tmp_path, schedule) for schedule in schedules)
+        assert weekly == began[1]
+        assert (steady - began[0] + 300) % 600 == pytest.approx(300, abs=1e-3)
+        assert 0 < steady - time.time() - gone <= 600
+        assert 0 < drawn - time.time() - gone <= 3 * 3600
 
-def test_a_daemon_that_was_down_runs_once_and_goes_on_with_the_grid(clocked, tmp_path):
-    site, set_clock = clocked()
-    site.push()
-    schedule = site.schedule(when="every 10 minutes")
-    began = due(tmp_path, schedule)
-    site.stop()
-    set_clock(51 * 600)
+    set_clock(3 * DAY)  # the machine was asleep
+    check(1, 3 * DAY)
+    site.stop()  # the daemon is down
+    set_clock(5 * DAY)
     site.start()
-    assert len(wait_for(lambda: runs_of(site, schedule, "SUCCESSFUL"))) == 1
-    assert due(tmp_path, schedule) == pytest.approx(began + 51 * 600, abs=1e-3)
-    assert site.get("status")["jobs-run"] == 1
+    check(2, 5 * DAY)
 
 
 def test_a_clock_that_is_set_back_keeps_no_schedule_waiting(clocked, tmp_path):
@@ -3125,32 +3219,22 @@ def test_a_clock_that_is_set_back_keeps_no_schedule_waiting(clocked, tmp_path):
     wait_for(lambda: due(tmp_path, steady) <= now + 601)
     assert now + 590 < due(tmp_path, steady)
     assert now + 7190 < due(tmp_path, drawn) <= now + 10_801
-    assert site.get("status")["jobs-run"] == 0
-
-
-def test_a_clock_that_was_set_back_while_the_daemon_was_down_keeps_no_schedule_waiting(clocked, tmp_path):
-    site, set_clock = clocked()
-    site.push()
-    schedule = site.schedule(when="every 10 minutes")
     site.stop()
-    set_clock(-DAY)
+    set_clock(-2 * DAY)
     site.start()
-    assert due(tmp_path, schedule) <= time.time() - DAY + 601
+    assert due(tmp_path, steady) <= time.time() - 2 * DAY + 601
     assert site.get("status")["jobs-run"] == 0
 
 
 def test_a_clock_at_1970_at_boot_fires_nothing_and_leaves_the_grid_alone(clocked, tmp_path):
     site, set_clock = clocked()
     site.push()
-    schedules = [
-        site.schedule(when=when) for when in ("every 10 minutes", "every 2 to 3 hours", "every monday at 12:30")
-    ]
+    schedules = [site.schedule(when=when) for when in ("every 10 minutes", "every 2 to 3 hours", "every monday at 12:30")]
     began = [due(tmp_path, schedule) for schedule in schedules]
     site.stop()
     set_clock(-time.time() + 1000)
     site.start()
-    status, answer = site.try_post("schedule-job", project="shop", spider="quick", when="every second")
-    assert (status, "1970-01-01" in answer["msg"]) == (503, True)
+    denied(site.try_post("schedule-job", project="shop", spider="quick", when="every second"), 503, "1970-01-01")
     assert site.wait_job(site.schedule())["status"] == "SUCCESSFUL"
     set_clock(0)
     ticker = site.schedule(when="every second")
@@ -3162,10 +3246,8 @@ def test_a_clock_at_1970_at_boot_fires_nothing_and_leaves_the_grid_alone(clocked
 def test_finished_jobs_are_forgotten_by_age_also_when_nothing_happens(clocked, tmp_path):
     site, set_clock = clocked("--keep-days", "2")
     site.push(bad="echo x; exit 1")
-    schedule, old = (
-        site.schedule(when="every 9 days"),
-        [site.wait_job(site.schedule("bad"))["identifier"] for _ in range(2)],
-    )
+    schedule = site.schedule(when="every 9 days")
+    old = [site.wait_job(site.schedule("bad"))["identifier"] for _ in range(2)]
     set_clock(1.5 * DAY)
     young = site.wait_job(site.schedule("bad"))["identifier"]
     assert kept_logs(tmp_path) == {young, *old}
@@ -3185,7 +3267,7 @@ def test_every_second_runs_every_second_without_drift(outside, tmp_path):
     site.push()
     schedule = site.schedule(when="every second")
     began = due(tmp_path, schedule)
-    wait_for(lambda: len(runs_of(site, schedule)) >= 3)
+    wait_for(lambda: len(runs_of(site, schedule)) >= 2)
     site.stop()
     saved = kept_jobs(tmp_path)
     runs = [job for job in saved.values() if job["actor"] == "SCHEDULER"]
@@ -3206,24 +3288,6 @@ def test_due_times_survive_a_restart_to_the_microsecond(outside, tmp_path):
 
 
 # --on-finish
-
-NOTICE = """#!/bin/sh
-# What --on-finish starts: it keeps what it got, and what was on the disk then.
-mkdir -p "notes/$SCRAPY_DO_JOB"
-cp data/state.json "notes/$SCRAPY_DO_JOB/state"
-cat > "notes/$SCRAPY_DO_JOB/input"
-env > "notes/$SCRAPY_DO_JOB/environment"
-echo "$SCRAPY_DO_JOB $SCRAPY_DO_STATUS $*" >> told
-until [ ! -e wait ]; do sleep 0.02; done
-"""
-
-
-@pytest.fixture
-def told(tmp_path):
-    """Return a function that gives what the command of --on-finish was told, line by line."""
-    (tmp_path / "note").write_text(NOTICE)
-    (tmp_path / "note").chmod(0o755)
-    return lambda: (tmp_path / "told").read_text().splitlines() if (tmp_path / "told").exists() else []
 
 
 def test_on_finish_is_told_of_each_run_once_when_its_end_is_on_the_disk(outside, tmp_path, told):
@@ -3288,14 +3352,6 @@ def test_on_finish_that_fails_is_only_logged(inside, monkeypatch, capsys, comman
 
 # ---- 7. HTTP ---------------------------------------------------------------------------------------------------------
 
-NOBODY = "01234567-89ab-cdef-0123-456789abcdef"
-URLENCODED, JSON = "application/x-www-form-urlencoded", "application/json"
-MULTIPART = "multipart/form-data; boundary=xYz"
-JOB_KEYS = {
-    "identifier", "status", "actor", "schedule", "scheduled_by", "project", "spider", "description", "payload", "args",
-    "settings", "items", "timeout", "priority", "timestamp", "started", "duration", "next_run", "exit_code", "reason",
-        "stats",
-}  # fmt: skip
 GET_ROUTES = {
     "/status.json": {
         "memory-usage", "cpu-usage", "time", "timezone", "hostname", "uptime", "jobs-run", "jobs-successful",
@@ -3307,130 +3363,6 @@ GET_ROUTES = {
     "/list-jobs.json?status=ACTIVE": {"jobs"},
 }  # fmt: skip
 POST_ROUTES = ("/push-project.json", "/schedule-job.json", "/cancel-job.json", "/remove-project.json")
-CONFIG = "[settings]\ndefault = \n[deploy]\nproject = shop\n"
-BIG_PROJECT = {"scrapy.cfg": CONFIG, "spiders.txt": "quick\n", "quick.sh": "exit 0\n"}
-FOLLOWED = "echo one; while [ ! -e {gate} ]; do sleep 0.02; done; echo two"
-
-
-class Line:
-    """A connection on which a test says exactly which bytes are sent, and when."""
-
-    def __init__(self, site):
-        self.socket = socket.create_connection(("127.0.0.1", site.port), 30)
-        self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self.file = self.socket.makefile("rb")
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *error):
-        self.file.close()
-        self.socket.close()
-
-    def send(self, data):
-        """Send all of it, as far as the daemon takes it."""
-        with contextlib.suppress(ConnectionError):
-            self.socket.sendall(data)
-
-    def answer(self, has_body=True):
-        """Return the status, the headers and the body of the next answer."""
-        words = self.file.readline().split(None, 2)
-        assert words, "the connection was closed without an answer"
-        assert words[0] == b"HTTP/1.1"
-        headers = http.client.parse_headers(self.file)
-        length = int(headers["Content-Length"]) if has_body and words[1] != b"100" else 0
-        body = self.file.read(length)
-        assert len(body) == length
-        return int(words[1]), headers, body
-
-    def is_closed(self):
-        """Tell whether the daemon has said all, and nothing but the answers read so far."""
-        try:
-            return self.file.read(1) == b""
-        except ConnectionError:
-            return True
-
-
-def speak(site, data, has_body=True):
-    """Send bytes on a connection of their own and return the status, the headers and the body of the answer."""
-    with Line(site) as line:
-        line.send(data)
-        return line.answer(has_body)
-
-
-def denied(answer, status, *words):
-    """Assert that an answer is an error as the contract wants it, with these words, and return its message."""
-    if isinstance(answer, requests.Response):
-        answer = answer.status_code, answer.headers, answer.content
-    assert (answer[0], answer[1]["Content-Type"]) == (status, "application/json"), answer[2]
-    document = json.loads(answer[2])
-    assert answer[2].endswith(b"}\n")
-    assert document.keys() == {"status", "msg"}
-    assert document["status"] == "error"
-    for word in words:
-        assert word in document["msg"], document["msg"]
-    return document["msg"]
-
-
-def head_of(path="/status.json", *lines, method="GET", version="1.1", host="localhost"):
-    """Return the head of a request."""
-    return "\r\n".join([f"{method} {path} HTTP/{version}", f"Host: {host}", *lines, "", ""]).encode("latin-1")
-
-
-def post_of(path, body, kind=URLENCODED, *lines):
-    """Return a POST with its length."""
-    return head_of(path, f"Content-Type: {kind}", f"Content-Length: {len(body)}", *lines, method="POST") + body
-
-
-def chunks_of(body, size):
-    """Return a chunked body."""
-    cuts = [body[at : at + size] for at in range(0, len(body), size)]
-    return b"".join(b"%x\r\n%b\r\n" % (len(cut), cut) for cut in cuts) + b"0\r\n\r\n"
-
-
-def part_of(name, value, more=""):
-    """Return one part of a multipart body with the boundary xYz, without the line break that ends it."""
-    return f'--xYz\r\nContent-Disposition: form-data; name="{name}"{more}\r\n\r\n'.encode() + value
-
-
-PLAN = {"project": "shop", "spider": "quick", "when": "every 1000 weeks"}
-PLAN_URLENCODED = urllib.parse.urlencode(PLAN).encode()
-PLAN_PARTS = b"".join(part_of(name, value.encode()) + b"\r\n" for name, value in PLAN.items())
-
-
-def url_of(site, path):
-    """Return an address of a daemon."""
-    return f"http://localhost:{site.port}{path}"
-
-
-def curl_of(site, path, *options, scheme="http"):
-    """Return the status and the JSON that curl has got."""
-    command = ["curl", "-sS", "--max-time", "20", "-w", "%{http_code}", f"{scheme}://localhost:{site.port}{path}"]
-    printed = subprocess.run([*command, *options], capture_output=True, timeout=60, check=True).stdout
-    return int(printed[-3:]), json.loads(printed[:-3])
-
-
-def hurry(site, seconds):
-    """Give clients little time."""
-    site.limit(request_timeout=seconds)
-    timeout = struct.pack("ll", *divmod(int(seconds * 1e6), 10**6))
-    site.listening.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, timeout)
-
-
-@pytest.fixture
-def shop(site):
-    """Return a running daemon that has a project."""
-    site.push()
-    return site
-
-
-@pytest.fixture
-def follow_me(site, tmp_path):
-    """Return a daemon, a crawl that has written a line and waits, and the file that lets it write another and end."""
-    site.push(slow=FOLLOWED.format(gate=tmp_path / "gate"))
-    identifier = site.schedule("slow")
-    wait_for(lambda: site.log(identifier, "out"))
-    return site, identifier, tmp_path / "gate"
 
 
 # Routes
@@ -3442,11 +3374,8 @@ def test_every_route_answers_with_its_keys_and_one_line_feed(shop):
         assert (status, headers.get_all("Content-Type")) == (200, ["application/json"])
         assert json.loads(body).keys() == {"status", *keys}
         assert (body.count(b"\n"), int(headers["Content-Length"])) == (1, len(body))
-    answer = shop.post("schedule-job", **PLAN, description="ż")
+    answer = shop.post("schedule-job", **PLAN)
     assert answer.keys() == {"status", "identifier", "next_run"}
-    (job,) = shop.get("list-jobs", id=answer["identifier"])["jobs"]
-    assert job.keys() == JOB_KEYS
-    assert (job["description"], job["payload"], job["args"]) == ("ż", "{}", [])
     assert shop.post("cancel-job", project="shop")["canceled"] == 1
     assert shop.post("remove-project", name="shop") == {"status": "ok"}
 
@@ -3462,23 +3391,14 @@ def test_status_has_values_of_the_right_kind(shop):
 def test_head_answers_like_get_without_the_body(follow_me):
     site, identifier, gate = follow_me
     for path in (*GET_ROUTES, "/", "/robots.txt", f"/get-log/data/{identifier}.out"):
-        full, head = site.request("GET", path), speak(site, head_of(path, "Connection: close", method="HEAD"),
-            has_body=False)
+        full = site.request("GET", path)
+        head = speak(site, head_of(path, "Connection: close", method="HEAD"), has_body=False)
         assert (head[0], head[1]["Content-Type"]) == (200, full[1]["Content-Type"])
         assert abs(int(head[1]["Content-Length"]) - len(full[2])) < 20
     with Line(site) as line:
         line.send(head_of(f"/get-log/data/{identifier}.out?follow=1", method="HEAD") + head_of("/x", method="HEAD"))
         assert [line.answer(has_body=False)[0] for _ in range(2)] == [200, 404]
     gate.touch()
-
-
-def test_the_page_lets_nothing_in_from_elsewhere(site):
-    status, headers, body = site.request("GET", "/")
-    assert (status, headers["Content-Type"], headers["X-Content-Type-Options"]) == (200, "text/html; charset=utf-8",
-        "nosniff")
-    assert body.decode() == scrapy_do.PAGE
-    for rule in ("default-src 'none'", "connect-src 'self'", "form-action 'none'", "frame-ancestors 'none'"):
-        assert rule in headers["Content-Security-Policy"]
 
 
 def test_robots_get_an_answer_without_a_line_in_the_log(site, capfd):
@@ -3492,8 +3412,7 @@ def test_robots_get_an_answer_without_a_line_in_the_log(site, capfd):
     ("/addversion.json", "/push-project.json"),
     ("/daemonstatus.json", "/status.json"), ("/listjobs.json", "/list-jobs.json"),
     (f"/get-log/data/{NOBODY}", "ID.err"), (f"/get-log/data/{NOBODY}.log", "ID.err"),
-    ("/get-log/data/ID.err", "identifier"),
-    (f"/get-log/data/../{NOBODY}.err", "ID.err"), ("/" + "x" * 5000, "xxx..."),
+    ("/get-log/data/ID.err", "identifier"), (f"/get-log/data/../{NOBODY}.err", "ID.err"), ("/" + "x" * 5000, "xxx..."),
 ])  # fmt: skip
 def test_unknown_path_is_404_and_says_what_to_ask_for(site, path, word):
     for method in ("GET", "POST"):
@@ -3519,24 +3438,13 @@ def test_wrong_method_is_405_with_allow_and_the_option_of_curl(shop):
     ("/schedule-job.json", b"project=a&project=b", 400, ("'project' is given twice",)),
     ("/schedule-job.json", PLAN_URLENCODED + b"&arg=q=x&y=2", 400, ("'y'", "--data-urlencode")),
     ("/schedule-job.json", PLAN_URLENCODED + b"&args=q", 400, ("'arg'",)),
-    ("/schedule-job.json", PLAN_URLENCODED + b"&timeout=1_0", 400, ("timeout",)),
-    ("/schedule-job.json", PLAN_URLENCODED + b"&arg=a%0Ab=1", 400, ("NAME=VALUE",)),
-    ("/schedule-job.json", PLAN_URLENCODED + b"&arg=a=%00", 400, ("NAME=VALUE",)),
-    ("/schedule-job.json", PLAN_URLENCODED + b"&setting=a-b=1", 400, ("NAME=VALUE",)),
     ("/schedule-job.json", b"project=%ff&spider=b", 400, ("UTF-8",)),
     ("/schedule-job.json", b"%ff=x", 400, ("UTF-8",)),
     ("/schedule-job.json", b'{"project": "shop"}', 400, ("--json",)),
-    ("/schedule-job.json", b"project=shop&spider=quik&when=now", 404, ("did you mean 'quick'",)),
-    ("/schedule-job.json", b"project='shop'&spider=quick&when=now", 404, ("shop",)),
-    ("/schedule-job.json", b"project=shop&spider=quick&when=0+5+*+*+*", 400, ("every day at 5:00",)),
-    ("/schedule-job.json", b"project=shop&spider=quick&when=every", 400, ("quotes",)),
-    ("/push-project.json", make_zip({"a": "b"}), 400, ("zip file", "-F archive=@demo.zip")),
-    ("/push-project.json", b"\x1f\x8b\x08" + bytes(99), 400, ("gzip", "-F archive=@demo.zip")),
-    ("/push-project.json", b"archive=demo.zip", 400, ("@",)),
     ("/push-project.json", b"archive=", 400, ()),
     ("/push-project.json", b"", 400, ("'archive'",)),
     ("/cancel-job.json", b"spider=quick", 400, ("id", "project")),
-    ("/cancel-job.json", QUERY := b"id=" + NOBODY.encode(), 404, ("list-jobs.json", "--completed-cap")),
+    ("/cancel-job.json", b"id=" + NOBODY.encode(), 404, ("list-jobs.json", "--completed-cap")),
     ("/remove-project.json", b"name=toys", 404, ("toys",)),
     ("/remove-project.json?name=shop", b"", 400, ("not in the address",)),
 ])  # fmt: skip
@@ -3598,8 +3506,8 @@ def test_form_multipart_and_json_mean_the_same(shop):
     rich = {"payload": '{"x": [1]}', "timeout": "1.5", "priority": "3", "items": "1", "description": "ż&+ %=\r\n"}
     several = {"arg": ["a=1", "b=ü&+ %"], "setting": ["LOG_LEVEL=INFO"]}
     fields = {**PLAN, **rich, **several}
-    files = [(key, (None, text)) for key, value in fields.items() for text in ([value] if isinstance(value,
-        str) else value)]
+    lists = {key: [value] if isinstance(value, str) else value for key, value in fields.items()}
+    files = [(key, (None, text)) for key, texts in lists.items() for text in texts]
     typed = {**fields, "payload": {"x": [1]}, "timeout": 1.5, "priority": 3, "items": True}
     seen = []
     for options in ({"data": fields}, {"files": files}, {"json": fields}, {"json": typed}):
@@ -3612,19 +3520,10 @@ def test_form_multipart_and_json_mean_the_same(shop):
         assert (job["args"], job["settings"]) == (several["arg"], several["setting"])
 
 
-def test_several_spiders_come_by_repetition_or_as_a_list(site):
-    site.push(other="exit 0")
-    status, answer = site.call("POST", "/schedule-job.json", json.dumps({**PLAN, "spider": ["quick", "other"]}),
-        {"Content-Type": JSON})
-    assert (status, len(answer["identifiers"])) == (200, 2)
-    assert len(site.post("schedule-job", **{**PLAN, "spider": "*"})["identifiers"]) == 2
-
-
 @pytest.mark.parametrize(("body", "status", "words"), [
     (b'{"project": "a", "project": "b"}', 400, "twice"), (b"[]", 400, "one object"), (b"{", 400, "not JSON"),
-    (b"\xff", 400, "UTF-8"),
-    (b'{"project": ["a", "b"]}', 400, "twice|project"), (b'{"description": "\\ud800"}', 400, "UTF-8"),
-    (b"[" * 100_000, 400, "not JSON"),
+    (b"\xff", 400, "UTF-8"), (b'{"project": ["a", "b"]}', 400, "twice|project"),
+    (b'{"description": "\\ud800"}', 400, "UTF-8"), (b"[" * 100_000, 400, "not JSON"),
     (b'{"args": ["a=1"]}', 400, "'arg'"), (b'{"a": ' + b"1" * 5000 + b"}", 400, ""),
     (b'"' + b"x" * scrapy_do.MIB + b'"', 413, "1 MiB"),
 ])  # fmt: skip
@@ -3679,7 +3578,7 @@ def test_an_urlencoded_value_is_decoded_wherever_it_is_cut(shop, field, text):
 ])  # fmt: skip
 def test_curl_pushes_a_project_in_each_way(site, tmp_path, options):
     archive = tmp_path / "shop.zip"
-    archive.write_bytes(make_zip({**BIG_PROJECT, "big.bin": random.Random(1).randbytes(300_000)}))
+    archive.write_bytes(big_project(300_000))
     status, answer = curl_of(site, "/push-project.json", *(option.format(archive) for option in options))
     assert (status, answer) == (200, {"status": "ok", "name": "shop", "spiders": ["quick"], "warnings": []})
 
@@ -3693,8 +3592,8 @@ def test_the_client_of_the_original_sends_and_gets_what_it_wants(site):
     site.wait_job(identifier)
     answer = requests.get(url_of(site, "/list-jobs.json"), params={"id": identifier})
     assert (answer.headers["Content-Type"], answer.json()["jobs"][0]["payload"]) == ("application/json", "{}")
-    assert requests.get(url_of(site,
-        f"/get-log/data/{identifier}.out")).headers["Content-Type"] == "text/plain; charset=utf-8"
+    answer = requests.get(url_of(site, f"/get-log/data/{identifier}.out"))
+    assert answer.headers["Content-Type"] == "text/plain; charset=utf-8"
 
 
 def test_a_body_over_the_limit_is_413_and_the_client_sees_that(site, tmp_path, monkeypatch):
@@ -3702,8 +3601,7 @@ def test_a_body_over_the_limit_is_413_and_the_client_sees_that(site, tmp_path, m
     denied(speak(site, head_of("/push-project.json", "Content-Length: 1048577", method="POST")), 413, "--max-upload")
     (tmp_path / "big").write_bytes(bytes(3_000_000))
     for more in ((), ("-H", "Transfer-Encoding: chunked", "-H", "Expect:"), ("-H", "Expect:")):
-        status, answer = curl_of(site, "/push-project.json", "-F", f"archive=@{tmp_path}/big", *more)
-        assert (status, "--max-upload" in answer["msg"]) == (413, True)
+        denied(curl_of(site, "/push-project.json", "-F", f"archive=@{tmp_path}/big", *more), 413, "--max-upload")
     assert os.listdir(tmp_path / "data" / "projects") == []
 
 
@@ -3735,18 +3633,13 @@ def test_an_expectation_is_met_before_the_body_comes_and_only_if_that_is_wanted(
 
 @pytest.mark.parametrize(("head", "status"), [
     (head_of("/", "X: a\rContent-Length: 5"), 400), (head_of("/", "A: b", " folded"), 400),
-    (head_of("/", "a b: c"), 400),
-    (head_of("/", "a : c"), 400), (head_of("/", "nonsense"), 400), (head_of("/", "A: \0"), 400),
-    (head_of("/", "Host: localhost"), 400),
+    (head_of("/", "a b: c"), 400), (head_of("/", "a : c"), 400), (head_of("/", "nonsense"), 400),
+    (head_of("/", "A: \0"), 400), (head_of("/", "Host: localhost"), 400), (head_of("/", "Content-Length: +1"), 400),
     (head_of("/", "Content-Length: 1", "Content-Length: 1", method="POST"), 400),
-    (head_of("/", "Content-Length: +1"), 400),
     (head_of("/", "Content-Length: 1", "Transfer-Encoding: chunked"), 400), (head_of("/", "Content-Length: 1, 1"), 400),
     (head_of("/", "Content-Length: "), 400), (head_of("/", "Transfer-Encoding: gzip, chunked"), 501),
-    (head_of("/", "Transfer-Encoding: "), 501),
-    (b"GET / HTTP/1.1\r\n\r\n", 400), (b"GET /\r\n\r\n", 400), (head_of("/", version="2.0"), 400),
-    (b"\x16\x03\x01\r\n\r\n", 400),
-    (head_of("/" + "x" * 9000), 414), (head_of("/" + "x" * 70_000), 414),
-    (head_of("/", *[f"a{n}: b" for n in range(200)]), 431),
+    (head_of("/", "Transfer-Encoding: "), 501), (b"GET / HTTP/1.1\r\n\r\n", 400), (b"GET /\r\n\r\n", 400),
+    (head_of("/" + "x" * 9000), 414), (head_of("/", *[f"a{n}: b" for n in range(200)]), 431),
     (head_of("/", "a: " + "b" * 70_000), 431), (head_of("/", *["a: " + "b" * 30_000] * 3), 431),
 ])  # fmt: skip
 def test_an_unsound_head_is_refused_and_what_follows_is_no_request(site, head, status):
@@ -3759,11 +3652,11 @@ def test_an_unsound_head_is_refused_and_what_follows_is_no_request(site, head, s
 
 def test_requests_may_be_pipelined_and_bodies_are_not_requests(shop):
     with Line(shop) as line:
-        line.send(head_of() + post_of("/schedule-job.json",
-            PLAN_URLENCODED) + head_of("/nothing") + head_of("/list-projects.json"))
+        schedule = post_of("/schedule-job.json", PLAN_URLENCODED)
+        line.send(head_of() + schedule + head_of("/nothing") + head_of("/list-projects.json"))
         assert [line.answer()[0] for _ in range(4)] == [200, 200, 404, 200]
-    for request in (head_of("/status.json", "Content-Length: 40"), head_of("/nothing", "Transfer-Encoding: chunked",
-        method="POST")):
+    chunked = head_of("/nothing", "Transfer-Encoding: chunked", method="POST")
+    for request in (head_of("/status.json", "Content-Length: 40"), chunked):
         with Line(shop) as line:
             line.send(request + head_of())
             assert line.answer()[1]["Connection"] == "close"
@@ -3878,7 +3771,7 @@ def test_a_log_is_followed_until_its_crawl_has_ended(follow_me):
     site, identifier, gate = follow_me
     with requests.get(url_of(site, f"/get-log/data/{identifier}.out?follow=1"), stream=True) as answer:
         lines = answer.iter_lines(chunk_size=1)
-        assert next(lines) == b"one"
+        assert next(lines) == b"started"
         gate.touch()
         assert list(lines) == [b"two"]
     with Line(site) as line:
@@ -3888,12 +3781,12 @@ def test_a_log_is_followed_until_its_crawl_has_ended(follow_me):
 
 def test_a_log_is_followed_from_before_its_crawl_begins(inside, tmp_path):
     site = inside(job_slots=1)
-    site.push(slow=FOLLOWED.format(gate=tmp_path / "gate"), quick="echo out; echo err >&2")
+    site.push(slow=HOLD, quick="echo out; echo err >&2")
     site.schedule("slow")
     identifier = site.schedule()
     assert site.log(identifier) == ""
     with requests.get(url_of(site, f"/get-log/data/{identifier}.err?follow=1"), stream=True) as answer:
-        (tmp_path / "gate").touch()
+        release(tmp_path)
         assert answer.content == b"err\n"
 
 
@@ -3908,29 +3801,18 @@ def test_who_follows_and_goes_costs_no_thread(follow_me):
     assert site.wait_job(identifier)
 
 
-def test_a_follower_does_not_hold_a_reload_up(follow_me):
-    site, identifier, gate = follow_me
-    with Line(site) as line:
-        line.send(head_of(f"/get-log/data/{identifier}.out?follow=1"))
-        assert line.file.readline() == b"HTTP/1.1 200 OK\r\n"
-        began = time.monotonic()
-        site.server.drain(5)
-        assert time.monotonic() - began < 2
-        assert b"0\r\n\r\n" not in line.file.read()
-    gate.touch()
-
-
-def test_a_follower_is_cut_at_a_stop_and_can_tell(outside, tmp_path):
+def test_a_follower_is_cut_by_a_reload_and_can_tell_and_does_not_hold_it_up(outside):
     site = outside("--kill-after", "1")
-    site.push(slow=FOLLOWED.format(gate=tmp_path / "gate"))
-    identifier = site.schedule("slow")
-    wait_for(lambda: site.log(identifier, "out"))
+    site.push(slow=HOLD)
+    identifier = running(site, "slow")
     with requests.get(url_of(site, f"/get-log/data/{identifier}.out?follow=1"), stream=True) as answer:
-        pieces = answer.iter_content(4)
-        assert next(pieces) == b"one\n"
-        site.reload()
+        pieces = answer.iter_content(8)
+        assert next(pieces) == b"started\n"
+        began, listens_again = time.monotonic(), site.hang_up()
         with pytest.raises(requests.exceptions.ChunkedEncodingError):
             next(pieces)
+        assert time.monotonic() - began < 2
+        listens_again()
 
 
 def test_tail_and_range_of_a_log_are_right_across_blocks(shop, tmp_path):
@@ -3988,13 +3870,11 @@ def test_an_absolute_address_is_refused_as_this_is_no_proxy(site):
 
 @pytest.mark.parametrize(("lines", "status"), [
     ((), 200), (("Origin: http://localhost:5",), 200), (("Origin: http://localhost",), 403),
-    (("Origin: null",), 403), (("Origin: ",), 403),
-    (("Origin: ftp://localhost:5",), 403), (("Origin: localhost:5",), 403), (("Sec-Fetch-Site: same-site",), 403),
-    (("Sec-Fetch-Site: cross-site",), 403),
+    (("Origin: null",), 403), (("Origin: ",), 403), (("Origin: ftp://localhost:5",), 403),
+    (("Sec-Fetch-Site: same-site",), 403), (("Sec-Fetch-Site: cross-site",), 403),
     (("Sec-Fetch-Site: same-origin",), 200), (("Sec-Fetch-Site: none",), 200),
-    (("Origin: https://crawls.example",), 200),
-    (("Origin: https://crawls.example:9",), 403), (("Origin: http://other.example:8080",), 200),
-    (("Origin: http://other.example",), 403),
+    (("Origin: https://crawls.example",), 200), (("Origin: https://crawls.example:9",), 403),
+    (("Origin: http://other.example:8080",), 200), (("Origin: http://other.example",), 403),
     (("Origin: http://localhost:5", "Sec-Fetch-Site: cross-site"), 403),
     (("Origin: http://localhost:5", "Origin: http://evil"), 403),
 ])  # fmt: skip
@@ -4012,42 +3892,8 @@ def test_a_proxy_that_loses_the_port_is_told_how_to_keep_it(shop):
 
 # Users
 
-USERS = {"ala": "kot:1", "żółw": "hasło", "o'hara \"x\"": "a\\b"}
 
-
-@pytest.fixture
-def guarded(site, monkeypatch):
-    """Return a running daemon with users, which answers a wrong password soon."""
-    monkeypatch.setattr(scrapy_do, "PENALTY_SECONDS", 0.05)
-    site.limit(users=USERS)
-    return site
-
-
-def challenge_of(site):
-    """Return the nonce of the first challenge, and all challenges, that a refused request is answered with."""
-    answer = speak(site, head_of())
-    denied(answer, 401, "curl --anyauth -u NAME")
-    challenges = answer[1].get_all("WWW-Authenticate")
-    return re.search('nonce="([^"]+)"', challenges[0])[1], challenges
-
-
-def digest_line(nonce, target="/status.json", method="GET", password="kot:1", way="SHA-256", count="00000001",
-    **changes):
-    """Return the Authorization header of ala, RFC 7616, with some fields changed afterwards; None drops one."""
-
-    def h(*texts):
-        return hashlib.new({"MD5": "md5"}.get(way, "sha256"), ":".join(texts).encode()).hexdigest()
-
-    fields = {"username": "ala", "realm": "scrapy-do", "nonce": nonce, "uri": target, "algorithm": way, "qop": "auth",
-        "nc": count, "cnonce": "c"}
-    fields["response"] = h(h("ala", "scrapy-do", password), nonce, count, "c", "auth", h(method, target))
-    fields |= changes
-    return "Authorization: Digest " + ", ".join(f'{name}="{value}"' for name, value in fields.items()
-        if value is not None)
-
-
-@pytest.mark.parametrize("user", USERS)
-@pytest.mark.parametrize("way", ["--digest", "--anyauth"])
+@pytest.mark.parametrize(("user", "way"), [*zip(USERS, ("--digest", "--anyauth", "--digest"), strict=True)])
 def test_curl_comes_in_with_a_password(guarded, way, user):
     options = [way, "-u", f"{user}:{USERS[user]}"]
     assert curl_of(guarded, "/list-projects.json?", *options)[0] == 200
@@ -4057,14 +3903,14 @@ def test_curl_comes_in_with_a_password(guarded, way, user):
 
 @pytest.mark.parametrize("kind", ["data", "files"])
 def test_requests_and_curl_push_a_large_archive_with_a_password(guarded, tmp_path, kind):
-    archive = make_zip({**BIG_PROJECT, "big.bin": random.Random(1).randbytes(1_000_000)})
+    archive = big_project(1_000_000)
     login = requests.auth.HTTPDigestAuth("ala", "kot:1")
     answer = requests.post(url_of(guarded, "/push-project.json"), **{kind: {"archive": archive}}, auth=login)
     assert answer.json()["spiders"] == ["quick"]
     (tmp_path / "shop.zip").write_bytes(archive)
     for way in ("--digest", "--anyauth"):
-        assert curl_of(guarded, "/push-project.json", way, "-u", "ala:kot:1", "-F",
-            f"archive=@{tmp_path}/shop.zip")[0] == 200
+        options = (way, "-u", "ala:kot:1", "-F", f"archive=@{tmp_path}/shop.zip")
+        assert curl_of(guarded, "/push-project.json", *options)[0] == 200
 
 
 def test_nothing_but_a_challenge_is_answered_without_a_password(guarded, capfd):
@@ -4113,16 +3959,11 @@ def test_old_nonces_are_forgotten_but_never_good_again(guarded, monkeypatch):
 
 @pytest.mark.parametrize("changes", [
     {"password": "x"}, {"username": "ola"}, {"response": "0" * 64}, {"response": None}, {"uri": "/"},
-        {"qop": "auth-int"}, {"qop": None},
-    {"way": "SHA-512"}, {"cnonce": "d"}, {"realm": "x", "response": "\xfc"}, {"method": "POST"}, {"nonce": None},
-        {"nc": "1"},
+    {"qop": "auth-int"}, {"qop": None}, {"way": "SHA-512"}, {"cnonce": "d"}, {"realm": "x", "response": "\xfc"},
+    {"method": "POST"}, {"nonce": None}, {"nc": "1"},
 ])  # fmt: skip
 def test_a_wrong_digest_is_refused_and_logged(guarded, capfd, changes):
-    changes = dict(changes)
-    nonce = challenge_of(guarded)[0]
-    known = {name: changes.pop(name) for name in ("password", "way", "method") if name in changes}
-    line = digest_line(nonce, **known, **{k: v for k, v in changes.items() if k != "nonce"})
-    line = line.replace(f'nonce="{nonce}", ', "") if "nonce" in changes else line
+    line = digest_line(challenge_of(guarded)[0], **changes)
     denied(speak(guarded, head_of("/status.json", line)), 401, "wrong")
     assert "GET /status.json from 127.0.0.1 got 401" in capfd.readouterr().err
 
@@ -4145,8 +3986,8 @@ def test_strangers_never_keep_users_out(guarded, monkeypatch):
     monkeypatch.setattr(scrapy_do, "PENALTY_SECONDS", 5)
     guarded.limit(max_connections=20)
     bad = digest_line(challenge_of(guarded)[0], password="x")
-    kinds = (b"", b"GET /", head_of(), head_of("/status.json", bad), head_of("/push-project.json",
-        "Content-Length: 99999", method="POST"))
+    push = head_of("/push-project.json", "Content-Length: 99999", method="POST")
+    kinds = (b"", b"GET /", head_of(), head_of("/status.json", bad), push)
     with contextlib.ExitStack() as stack:
         for number in range(256):
             stack.enter_context(Line(guarded)).send(kinds[number % len(kinds)])
@@ -4189,37 +4030,10 @@ def test_a_file_of_users_is_read_strictly(tmp_path):
 # TLS
 
 
-def make_key_pair(folder, name="localhost"):
-    """Write cert.pem and key.pem, signed by itself."""
-    key = ec.generate_private_key(ec.SECP256R1())
-    now, names = datetime.datetime.now(datetime.timezone.utc), x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME,
-        name)])
-    certificate = (
-        x509.CertificateBuilder(names, names, key.public_key(), x509.random_serial_number())
-        .not_valid_before(now - datetime.timedelta(1))
-        .not_valid_after(now + datetime.timedelta(1))
-        .add_extension(x509.SubjectAlternativeName([x509.DNSName("localhost"), x509.DNSName(name)]), critical=False)
-        .sign(key, hashes.SHA256())
-    )
-    pem = serialization.Encoding.PEM
-    secret = key.private_bytes(pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
-    (folder / "key.pem").write_bytes(secret)
-    (folder / "cert.pem").write_bytes(certificate.public_bytes(pem))
-
-
-@pytest.fixture
-def encrypted(site, tmp_path):
-    """Return a running daemon that speaks TLS."""
-    make_key_pair(tmp_path)
-    site.limit(tls=scrapy_do.Tls(tmp_path / "cert.pem", tmp_path / "key.pem", None))
-    site.cacert = ("--cacert", str(tmp_path / "cert.pem"))
-    return site
-
-
 def test_basic_and_digest_are_taken_over_tls(encrypted, tmp_path, monkeypatch):
     monkeypatch.setattr(scrapy_do, "PENALTY_SECONDS", 0.05)
     encrypted.limit(users=USERS)
-    (tmp_path / "shop.zip").write_bytes(make_zip({**BIG_PROJECT, "big.bin": random.Random(1).randbytes(1_000_000)}))
+    (tmp_path / "shop.zip").write_bytes(big_project(1_000_000))
     for way in ("--basic", "--digest", "--anyauth"):
         options = (*encrypted.cacert, way, "-u", "żółw:hasło", "-F", f"archive=@{tmp_path}/shop.zip")
         assert curl_of(encrypted, "/push-project.json", *options, scheme="https")[0] == 200
@@ -4277,29 +4091,6 @@ def test_clients_that_fail_before_tls_do_not_loosen_the_cap(encrypted, monkeypat
 # ---- 8. Reloads and stops --------------------------------------------------------------------------------------------
 
 
-
-def crawl_of(site, tmp_path, job):
-    """Return the process of a job that has begun to talk, as the state file knows it."""
-    wait_for(lambda: site.job(job)["status"] == "RUNNING" and "started" in site.log(job, "out"))
-    return psutil.Process(kept_jobs(tmp_path)[job]["pid"])
-
-
-def marked_processes(folder):
-    """Return the processes that carry the mark of a daemon with this data folder."""
-    mark = f"SPIDER_DATA_DIR={folder / 'data/spider-data'}".encode()
-    found = []
-    for process in pathlib.Path("/proc").glob("[0-9]*/environ"):
-        with contextlib.suppress(OSError):
-            if mark in process.read_bytes().split(b"\0"):
-                found.append(process)
-    return found
-
-
-def said(site, *words):
-    """Wait until all the words are in the daemon's log."""
-    wait_for(lambda: all(word in site.log_path.read_text() for word in words))
-
-
 def test_crawls_go_on_across_two_reloads(outside, tmp_path):
     site = outside("--job-slots", "2")
     site.push(good=f"{HOLD}; cat code.py", bad=f"sleep 60 & {HOLD}; cat code.py; exit 7")
@@ -4325,47 +4116,9 @@ def test_crawls_go_on_across_two_reloads(outside, tmp_path):
     assert site.wait_job(waiting)["status"] == "SUCCESSFUL"
     wait_for(lambda: not {path.name for path in (tmp_path / "data/work").iterdir()} & {*jobs.values()})
     assert [child for child in process.children() if child.status() == psutil.STATUS_ZOMBIE] == []
-    assert marked_processes(tmp_path) == []
+    assert crawls_of(tmp_path / "data") == []
     assert site.stop() == 0
     assert "Traceback" not in site.log_path.read_text()
-
-
-WRAPPED = """
-import os, runpy, sys, time
-{more}
-sys.argv = sys.argv[1:]
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
-
-
-@pytest.fixture
-def wrapped(outside):
-    """Return a function that starts a daemon after some lines of Python in the same process, at a reload as well."""
-
-    def start(more, *options):
-        return outside(*options, command=(sys.executable, "-c", WRAPPED.format(more=more), str(MODULE)))
-
-    return start
-
-
-@pytest.fixture
-def slow(wrapped, tmp_path):
-    """Return a function that starts a daemon that waits in the middle of a reload while a file is there, and that file."""
-    flag = tmp_path / "wait"
-
-    def start(*options):
-        wait = f"while os.path.exists({str(flag)!r}) and {scrapy_do.HANDOVER!r} in os.environ:\n    time.sleep(0.01)"
-        site = wrapped(wait, *options)
-        flag.touch()
-        return site, flag
-
-    return start
-
-
-def wait_until_it_is_executed(site):
-    """Wait until a daemon is being reloaded, and its new program has begun."""
-    said(site, "reloading")
-    wait_for(lambda: psutil.Process(site.process.pid).num_threads() == 1)
 
 
 def test_a_crawl_that_ends_during_a_reload_keeps_its_exit_code_and_no_client_is_refused(slow, tmp_path):
@@ -4426,7 +4179,7 @@ def test_a_crawl_that_is_being_started_at_a_reload_is_started_once(wrapped, tmp_
     flag.unlink()
     release(tmp_path)
     assert site.wait_job(job)["status"] == "SUCCESSFUL"
-    assert (tmp_path / "data/spider-data/runs").read_text() == "run\n"
+    assert noted(tmp_path, "runs") == ["run"]
 
 
 def test_a_crawl_that_is_being_ended_at_a_reload_is_asked_once_and_killed_in_time(outside, tmp_path):
@@ -4450,12 +4203,6 @@ def test_a_crawl_that_is_being_ended_at_a_reload_is_asked_once_and_killed_in_tim
     assert site.wait_job(kept)["status"] == "SUCCESSFUL"
 
 
-def try_to_cancel(site, job):
-    """Cancel a job of a daemon that may be gone meanwhile."""
-    with contextlib.suppress(OSError, http.client.HTTPException):
-        site.try_post("cancel-job", id=job)
-
-
 def test_a_push_that_is_under_way_at_a_reload_or_stop_changes_nothing(outside, tmp_path):
     site = outside("--kill-after", "0.3")
     on = tmp_path / "data/spider-data/on"
@@ -4473,7 +4220,7 @@ def test_a_push_that_is_under_way_at_a_reload_or_stop_changes_nothing(outside, t
             end()
             pushed.result(30)
         on.unlink()
-    assert marked_processes(tmp_path) == []
+    assert crawls_of(tmp_path / "data") == []
     site.start()
     assert site.get("list-projects")["projects"] == ["other"]
     assert len(list((tmp_path / "data/projects").iterdir())) == 2  # its archive and its code
@@ -4481,31 +4228,22 @@ def test_a_push_that_is_under_way_at_a_reload_or_stop_changes_nothing(outside, t
     assert site.wait_job(site.schedule())["status"] == "SUCCESSFUL"
 
 
-@pytest.fixture
-def copied(outside, tmp_path):
-    """Return a function that starts a daemon from a file of its own, as a module, and returns that file, too."""
-    path = tmp_path / "scrapy_do.py"
-
-    def start(*options, **more):
-        shutil.copy(MODULE, path)
-        return outside(*options, command=(sys.executable, "-m", "scrapy_do"), **more), path
-
-    return start
-
-
-def test_a_reload_that_cannot_succeed_is_refused_and_all_goes_on(copied, exposed_certificate, tmp_path):
-    users, certificate = tmp_path / "users", exposed_certificate
+def test_a_reload_that_cannot_succeed_is_refused_and_all_goes_on(copied, tmp_path):
+    make_key_pair(tmp_path)
+    users, certificate = tmp_path / "users", tmp_path / "cert.pem"
     users.write_text("ala:kot\n")
     users.chmod(0o600)
-    good = f"--auth-file\n{users}\n--kill-after\n2\n--tls-cert\n{certificate}\n"
+    login = f"--auth-file\n{users}\n"
+    good = f"{login}--host\n127.0.0.1\n--kill-after\n2\n--tls-cert\n{certificate}\n--tls-key\n{tmp_path}/key.pem\n"
     (tmp_path / "options").write_text(good)
-    site, path = copied("@options", "--host", "127.0.0.1")
+    site, path = copied("@options")
     source, pem = MODULE.read_text(), certificate.read_text()
     faults = [
         (path, source + "\nbreak\n", "SyntaxError: 'break' outside loop"),
         (path, "print('x')", "it does not say its version"),
         (path, source.replace('"--kill-after"', '"--kill"'), "unrecognized arguments: --kill-after 2"),
         (tmp_path / "options", good + "--on-finish\n/none\n", "--on-finish /none cannot be executed"),
+        (tmp_path / "options", good.replace(login, "").replace("127.0.0.1", "0.0.0.0"), "name users by --auth-file"),
         (users, "ala:kot\nbad line\n", str(users)),
         (certificate, pem[: len(pem) // 2], str(certificate)),
     ]
@@ -4525,19 +4263,6 @@ def test_a_reload_that_cannot_succeed_is_refused_and_all_goes_on(copied, exposed
         assert get(auth=("ala", "kot")).json()["daemon-version"] == f"new-{scrapy_do.__version__}"
 
 
-@pytest.fixture
-def exposed_certificate(tmp_path):
-    """Return a file with a key and a certificate for this machine."""
-    key = ec.generate_private_key(ec.SECP256R1())
-    name, now = x509.Name([]), datetime.datetime.now(datetime.timezone.utc)
-    day = datetime.timedelta(days=1)
-    builder = x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number(), now - day, now + day)
-    form = serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-    path = tmp_path / "both.pem"
-    path.write_bytes(builder.sign(key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM) + key.private_bytes(*form))
-    return path
-
-
 def test_a_program_that_cannot_be_executed_changes_nothing(wrapped, tmp_path):
     refuse = "def refuse(*args):\n    raise OSError(12, os.strerror(12))\nos.execve = refuse"
     site = wrapped(refuse, "--kill-after", "0.3")
@@ -4553,19 +4278,18 @@ def test_a_program_that_cannot_be_executed_changes_nothing(wrapped, tmp_path):
     assert "Traceback" not in site.log_path.read_text()
 
 
-@pytest.mark.parametrize("order", ["abc", "bca"])
-def test_more_crawls_than_slots_after_a_reload_all_come_to_their_end(outside, tmp_path, order):
+def test_more_crawls_than_slots_after_a_reload_all_come_to_their_end(outside, tmp_path):
     (tmp_path / "options").write_text("--job-slots\n3\n")
     site = outside("@options")
-    until = "echo started; while [ ! -e $SPIDER_DATA_DIR/{0} ]; do sleep 0.02; done; echo > $SPIDER_DATA_DIR/{0}-ended"
-    site.push(**{name: until.format(name) for name in "abc"}, last="cd $SPIDER_DATA_DIR; test -e a-ended -a -e b-ended -a -e c-ended")
+    until = "echo started; while [ ! -e $SPIDER_DATA_DIR/{} ]; do sleep 0.02; done"
+    site.push(**{name: until.format(name) for name in "abc"}, last="")
     jobs = {name: site.schedule(name) for name in "abc"}
     for job in jobs.values():
         crawl_of(site, tmp_path, job)
     last = site.schedule("last")
     (tmp_path / "options").write_text("--job-slots\n1\n")
     site.reload()
-    for name in order:
+    for name in "bca":
         assert site.job(last)["status"] == "PENDING"
         (tmp_path / "data/spider-data" / name).touch()
         assert site.wait_job(jobs[name])["status"] == "SUCCESSFUL"
@@ -4601,7 +4325,7 @@ def test_a_crash_after_a_reload_is_like_any_other(outside, tmp_path):
         said(site, f"job {job} PENDING")
         release(tmp_path)
         assert site.wait_job(job)["status"] == "SUCCESSFUL"
-        assert len((tmp_path / "data/spider-data/pids").read_text().split()) == 2
+        assert len(noted(tmp_path)) == 2
         assert other.poll() is None
         other.kill()
 
@@ -4639,41 +4363,26 @@ def test_a_request_that_arrives_during_a_reload_is_answered_before_it(outside):
     assert [job["identifier"].encode() in answer for job in site.jobs("SCHEDULED")] == [True]
 
 
-def test_no_client_is_refused_or_cut_off_by_a_reload(outside):
-    site, is_over = outside(), threading.Event()
-
-    def ask():
-        answers = 0
-        while not is_over.is_set():
-            answers += site.get("status")["status"] == "ok"
-        return answers
-
-    with concurrent.futures.ThreadPoolExecutor(4) as pool:
-        asked = [pool.submit(ask) for _ in range(4)]
-        for _ in range(int(os.environ.get("RELOAD_ROUNDS", "5"))):
-            site.reload()
-        is_over.set()
-        assert all(done.result() for done in asked)
-
-
-def test_jobs_run_once_each_while_it_is_reloaded_again_and_again(outside, tmp_path):
+def test_jobs_run_once_each_and_no_client_is_refused_while_it_is_reloaded_again_and_again(outside, tmp_path):
     """By hand for longer: RELOAD_ROUNDS=200 python -m pytest -k reloaded_again."""
     site = outside("--completed-cap", "100000")
     note = "echo $SCRAPY_JOB >> $SPIDER_DATA_DIR/runs; "
     site.push(quick=f"{note} exit 3", brief=f"{note} sleep 0.0$(($$ % 10)); exit 4", long=f"{note} sleep 0.5; exit 5")
     stop, sure = threading.Event(), set()
 
-    def ask(client):
+    def ask(client):  # nobody is refused or cut off
         draw = random.Random(client)
         while not stop.is_set():
-            with contextlib.suppress(OSError, http.client.HTTPException):  # its connection was closed by a reload
-                job = site.schedule(draw.choice(["quick", "brief", "brief", "long"]))
-                sure.add(job)
-                if draw.random() < 0.7:  # or there would be ever more
-                    site.wait_job(job)
+            if client == 0:
+                site.get("status")
+                continue
+            job = site.schedule(draw.choice(["quick", "brief", "brief", "long"]))
+            sure.add(job)
+            if draw.random() < 0.7:  # or there would be ever more
+                site.wait_job(job)
 
-    with concurrent.futures.ThreadPoolExecutor(3) as pool:
-        asked = [pool.submit(ask, client) for client in range(3)]
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        asked = [pool.submit(ask, client) for client in range(4)]
         site.schedule(when="every second")
         try:
             for number in range(int(os.environ.get("RELOAD_ROUNDS", "5"))):
@@ -4691,24 +4400,12 @@ def test_jobs_run_once_each_while_it_is_reloaded_again_and_again(outside, tmp_pa
         site.post("cancel-job", id=job["identifier"])
     wait_for(lambda: not site.jobs("PENDING") and not site.jobs("RUNNING"))
     ended = {job["identifier"]: job for job in site.jobs("COMPLETED") if job["status"] != "CANCELED"}
-    assert sorted((tmp_path / "data/spider-data/runs").read_text().split()) == sorted(ended)
+    assert sorted(noted(tmp_path, "runs")) == sorted(ended)
     assert sure <= ended.keys()
     codes = {"quick": 3, "brief": 4, "long": 5}
     assert [job for job in ended.values() if (job["status"], job["exit_code"]) != ("FAILED", codes[job["spider"]])] == []
     assert site.stop() == 0
     assert "Traceback" not in site.log_path.read_text()
-
-
-def test_a_crawl_inherits_no_signals_sockets_or_secrets_before_and_after_a_reload(outside):
-    secrets = dict.fromkeys(("WATCHDOG_USEC", "LISTEN_FDS", "LISTEN_PID", "CREDENTIALS_DIRECTORY", "NOTIFY_SOCKET"), "1")
-    site = outside(environment=secrets)
-    names = "|".join([*secrets, scrapy_do.HANDOVER])
-    site.push(show=f"grep -E 'Sig(Blk|Ign)' /proc/self/status; env | grep -cE '{names}'; ls -l /proc/self/fd | grep -c socket:")
-    first = site.log(site.wait_job(site.schedule("show"))["identifier"], "out")
-    site.reload()
-    assert site.log(site.wait_job(site.schedule("show"))["identifier"], "out") == first
-    blocked, ignored = (int(line.split()[1], 16) for line in first.splitlines()[:2])
-    assert (blocked, ignored & sum(1 << number - 1 for number in scrapy_do.SIGNALS), first.splitlines()[2:]) == (0, 0, ["0", "0"])
 
 
 def test_a_hang_up_that_nohup_has_ignored_stays_so_and_is_said(outside):
@@ -4723,7 +4420,7 @@ def test_a_hang_up_that_nohup_has_ignored_stays_so_and_is_said(outside):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_stop_ends_with_status_0_whatever_it_does_and_puts_jobs_back_in_their_place(outside, tmp_path, number):
-    site = outside("--job-slots", "1", "--kill-after", "0.5")
+    site = outside("--job-slots", "1", "--kill-after", "0.2")
     site.push(stubborn=STUBBORN, note="echo $SCRAPY_JOB")
     first = site.schedule("stubborn")
     crawl, second = crawl_of(site, tmp_path, first), site.schedule("note")
@@ -4786,7 +4483,6 @@ def test_as_the_first_process_of_a_container_it_reaps_what_crawls_leave(outside,
     ("options", "sentence"),
     [
         (["--port", "99999"], "must be a whole number from 0 to 65535, not '99999'"),
-        (["--port", "x"], "must be a whole number from 0 to 65535, not 'x'"),
         (["--job-slots", "0"], "must be a whole number from 1 to 1000, not '0'"),
         (["--keep-mib", "1.5"], "must be a whole number from 0 to"),
         (["--completed-cap", "-1"], "must be a whole number from 1 to"),
@@ -4794,8 +4490,6 @@ def test_as_the_first_process_of_a_container_it_reaps_what_crawls_leave(outside,
         (["--list-timeout", "-1"], "must be a number of seconds"),
         (["--scrapy", ""], "is empty"),
         (["--scrapy", "'"], "--scrapy: No closing quotation"),
-        (["--on-finish", " "], "is empty"),
-        (["--max-upload", "0"], "must be a whole number from 1"),
         (["--colour"], "unrecognized arguments: --colour"),
         (["--po", "1"], "unrecognized arguments: --po 1"),
         (["--tls-key", "x"], "--tls-key and --tls-password-file need --tls-cert"),
@@ -4934,64 +4628,11 @@ def test_the_page_takes_nothing_from_elsewhere_and_makes_no_html_of_what_it_is_t
     status, headers, body = site.request("GET", "/")
     assert (status, headers["Content-Type"]) == (200, "text/html; charset=utf-8")
     assert headers["X-Content-Type-Options"] == "nosniff"
-    assert "default-src 'none'" in headers["Content-Security-Policy"]
+    for rule in ("default-src 'none'", "connect-src 'self'", "form-action 'none'", "frame-ancestors 'none'"):
+        assert rule in headers["Content-Security-Policy"]
     page = body.decode()
-    markers = r"https?:|//\w|innerHTML|insertAdjacent|document\.write|outerHTML|eval\("
-    assert not re.findall(markers, page)
-    assert page.count("\n") <= 240
-    assert site.request("HEAD", "/")[1]["Content-Length"] == str(len(body))
-    site.limit(users={"ala": "kot"})
-    assert site.request("GET", "/")[0] == 401
-
-
-class Browser:
-    """Drive a headless chromium that shows the page of a daemon."""
-
-    def __init__(self, chrome, site):
-        self.chrome = chrome
-        chrome.get(f"http://localhost:{site.port}/")
-
-    def element(self, path):
-        """Return the first element of an XPath as soon as it is there."""
-        return wait_for(lambda: self.chrome.find_elements("xpath", path))[0]
-
-    def click(self, path):
-        """Click; an element that was drawn anew meanwhile is looked for again."""
-        self.element(path)
-        wait_for(lambda: self.chrome.execute_script(CLICK, path))
-
-    def text(self, identifier):
-        """Return what an element shows."""
-        return self.chrome.find_element("id", identifier).text
-
-    def fill(self, **fields):
-        """Type into fields of a form."""
-        for name, value in fields.items():
-            box = self.chrome.find_element("name", name)
-            wait_for(box.is_displayed)
-            box.clear()
-            box.send_keys(value)
-
-
-CLICK = """const found = document.evaluate(arguments[0], document, null, 9, null).singleNodeValue;
-if (found) found.click(); return Boolean(found);"""
-
-
-@pytest.fixture
-def browser(site):
-    """Return a browser that shows the page of `site`."""
-    webdriver = pytest.importorskip("selenium.webdriver")
-    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
-    if not (chromium and driver):
-        pytest.skip("chromium or its driver is not installed")
-    options = webdriver.ChromeOptions()
-    options.binary_location = chromium
-    for option in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage"):
-        options.add_argument(option)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    chrome = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
-    yield Browser(chrome, site)
-    chrome.quit()
+    assert not re.findall(r"https?:|//\w|innerHTML|insertAdjacent|document\.write|outerHTML|eval\(", page)
+    assert page.count("\n") <= 210
 
 
 def test_a_browser_pushes_schedules_with_arguments_and_reads_a_log_as_text(browser, site, tmp_path):
@@ -5021,17 +4662,14 @@ def test_a_browser_pushes_schedules_with_arguments_and_reads_a_log_as_text(brows
     browser.fill(when="every moonday")
     browser.click("//button[text()='Schedule']")
     wait_for(lambda: "moonday" in browser.text("message"))
-    messages = [entry["message"] for entry in browser.chrome.get_log("browser")]
-    assert [text for text in messages if "400" not in text and "favicon" not in text] == []
+    assert [log for log in browser.chrome.get_log("browser") if not re.search("400|favicon", log["message"])] == []
 
 
 def test_the_page_draws_the_runs_of_a_schedule_and_cancels_it(browser, site):
     site.push(failing="exit 3")
     plan = site.schedule("failing", "every second")
     wait_for(lambda: len(site.get("list-jobs", status="FAILED", scheduled_by=plan)["jobs"]) >= 2)
-    browser.element("//ul[@id='scheduled']//*[name()='rect'][2]")
-    assert browser.chrome.execute_script(  # SVG by name, coloured by the outcome
-        "return document.querySelector('#scheduled rect.bad title').textContent").endswith("FAILED")
+    browser.element("//ul[@id='scheduled']//*[@role='img'][@class='bad'][2][contains(@title, 'FAILED')]")
     browser.element("//ul[@id='failed']//button[text()='by every second']")
     browser.chrome.execute_script("asked = []; confirm = text => asked.push(text)")
     browser.click("//ul[@id='scheduled']//button[text()='cancel']")
@@ -5046,8 +4684,7 @@ def test_the_page_searches_spiders_and_fits_a_telephone(browser, site):
     browser.chrome.find_element("id", "search").send_keys("city17")
     wait_for(lambda: browser.text("projects").splitlines()[:2] == ["shop spiders: 1", "city17"])
     browser.chrome.set_window_size(400, 800)
-    width = "return document.documentElement.scrollWidth <= innerWidth"
-    assert browser.chrome.execute_script(width)
+    assert browser.chrome.execute_script("return document.documentElement.scrollWidth <= innerWidth")
 
 
 # ---- 10. Real Scrapy -------------------------------------------------------------------------------------------------
@@ -5084,102 +4721,32 @@ class Slow(Pages):
 """
 SETTINGS_OF_PAGES = """
 import os
-SPIDER_MODULES = ["real.spiders"]
+SPIDER_MODULES = ["shop.spiders"]
 FEEDS = {os.environ.get("SPIDER_DATA_DIR", ".") + f"/{os.environ.get('SCRAPY_JOB')}.jsonl": {"format": "jsonlines"}}
 ROBOTSTXT_OBEY = TELNETCONSOLE_ENABLED = False
 LOG_FILE = "lost.log"
 """
 
 
-class Pages(http.server.BaseHTTPRequestHandler):
-    """A little web site: three pages in a row, and slow ones."""
-
-    def do_GET(self):
-        """Answer with a page."""
-        number = self.path.rpartition("/")[2]
-        if self.path.startswith("/slow/"):
-            self.server.is_over.wait(0.2)
-        more = f"<a href=/{int(number) + 1}>on</a>" if self.path in ("/1", "/2") else ""
-        body = f"<title>Strona {number} – 頁</title>{more}".encode()
-        self.send_response(200 if number.isdigit() else 404)
-        self.send_header("Content-Type", "text/html; charset=utf-8")
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, *args):
-        """Say nothing."""
-
-
-@pytest.fixture
-def website():
-    """Return the address of a local web site."""
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Pages)
-    server.is_over = threading.Event()
-    thread = threading.Thread(target=server.serve_forever, args=(0.05,))
-    thread.start()
-    yield f"http://127.0.0.1:{server.server_address[1]}"
-    server.is_over.set()
-    server.shutdown()
-    thread.join()
-    server.server_close()
-
-
-@pytest.fixture
-def real(tmp_path):
-    """Return a function that starts a daemon with the real Scrapy, in a locale without UTF-8, that has a project.
-
-    Another Scrapy by hand: REAL_SCRAPY=/srv/scrapy-2.11/bin/scrapy python -m pytest -k real.
-    """
-    with contextlib.ExitStack() as stack:
-
-        def start(*options, more=""):
-            if "REAL_SCRAPY" in os.environ and "--scrapy" not in options:
-                options = (*options, "--scrapy", os.environ["REAL_SCRAPY"])
-            site = Outside(tmp_path, *options, environment={"LANG": "C", "LC_ALL": "C"})
-            stack.callback(site.close)
-            config = "[settings]\ndefault = real.settings\n[deploy]\nproject = real\n"
-            answer = site.push(make_zip({
-                "scrapy.cfg": config, "real/__init__.py": "", "real/settings.py": SETTINGS_OF_PAGES + more,
-                "real/spiders/__init__.py": "", "real/spiders/pages.py": SPIDERS_OF_PAGES,
-            }))  # fmt: skip
-            assert (answer["name"], answer["spiders"]) == ("real", ["pages", "slow"])
-            return site
-
-        yield start
-
-
-def feed_of(tmp_path, job):
-    """Return the items that a job has stored."""
-    return [json.loads(line) for line in (tmp_path / f"data/spider-data/{job}.jsonl").read_text().splitlines()]
-
-
 def test_a_real_crawl_of_a_new_project_is_run_by_curl(outside, website, tmp_path):
-    site = Outside(tmp_path, environment={"LANG": "C", "LC_ALL": "C"})
-    try:
-        subprocess.run([sys.executable, "-m", "scrapy", "startproject", "new"], cwd=tmp_path, check=True, capture_output=True)
-        (tmp_path / "new/new/spiders/pages.py").write_text(SPIDERS_OF_PAGES)
-        files = {str(path.relative_to(tmp_path)): path.read_bytes() for path in (tmp_path / "new").rglob("*.[pc][yf]*") if path.is_file()}
-        (tmp_path / "new.zip").write_bytes(make_zip(files))
-
-        def call(path, *fields):
-            sent = [word for field in fields for word in ("-F", field)]
-            command = ["curl", "-sS", f"http://127.0.0.1:{site.port}/{path}", *sent]
-            return json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
-
-        pushed = call("push-project.json", f"archive=@{tmp_path}/new.zip")
-        assert pushed == {"status": "ok", "name": "new", "spiders": ["pages", "slow"], "warnings": []}
-        payload = json.dumps({"site": website, "word": "漢字"}, ensure_ascii=False)
-        fields = ["project=new", "spider=pages", "when=now", f"payload={payload}", "arg=note=-1 = żółć\n漢字", "setting=MARK=--x=żółw"]
-        job = site.wait_job(call("schedule-job.json", *fields, "setting=DOWNLOAD_DELAY=0", "items=1")["identifier"])
-        log = site.log(job["identifier"])
-        assert (job["status"], job["reason"], job["payload"]) == ("SUCCESSFUL", None, payload), log
-        assert (log.count("Zażółć gęślą jaźń: 漢字"), log.count("note '-1 = żółć\\n漢字', mark '--x=żółw'")) == (3, 3), log
-        assert job["stats"] == {"items": 3, "responses": 4, "errors": 6, "finish_reason": "finished"}  # and robots.txt
-        site.reload()
-        assert site.job(job["identifier"]) == job
-    finally:
-        site.close()
+    site = outside(scrapy=(), environment={"LANG": "C", "LC_ALL": "C"})
+    subprocess.run([sys.executable, "-m", "scrapy", "startproject", "new"], cwd=tmp_path, check=True, capture_output=True)
+    (tmp_path / "new/new/spiders/pages.py").write_text(SPIDERS_OF_PAGES)
+    shutil.make_archive(str(tmp_path / "new"), "zip", tmp_path, "new")
+    assert curl_of(site, "/push-project.json", "-F", f"archive=@{tmp_path}/new.zip")[1] == {
+        "status": "ok", "name": "new", "spiders": ["pages", "slow"], "warnings": [],
+    }  # fmt: skip
+    payload = json.dumps({"site": website, "word": "漢字"}, ensure_ascii=False)
+    fields = ["project=new", "spider=pages", "when=now", f"payload={payload}", "arg=note=-1 = żółć\n漢字",
+              "setting=MARK=--x=żółw", "setting=DOWNLOAD_DELAY=0", "items=1"]  # fmt: skip
+    _, answer = curl_of(site, "/schedule-job.json", *(word for field in fields for word in ("-F", field)))
+    job = site.wait_job(answer["identifier"])
+    log = site.log(job["identifier"])
+    assert (job["status"], job["reason"], job["payload"]) == ("SUCCESSFUL", None, payload), log
+    assert (log.count("Zażółć gęślą jaźń: 漢字"), log.count("note '-1 = żółć\\n漢字', mark '--x=żółw'")) == (3, 3), log
+    assert job["stats"] == {"items": 3, "responses": 4, "errors": 6, "finish_reason": "finished"}  # and robots.txt
+    site.reload()
+    assert site.job(job["identifier"]) == job
 
 
 def test_real_statistics_logs_and_items_do_not_depend_on_how_a_project_logs(real, website, tmp_path):
@@ -5187,7 +4754,7 @@ def test_real_statistics_logs_and_items_do_not_depend_on_how_a_project_logs(real
     own, dummy = tmp_path / "own.log", "STATS_CLASS=scrapy.statscollectors.DummyStatsCollector"
     wishes = [{}, {"items": "1"}, {"setting": f"LOG_FILE={own}"}, {"setting": dummy}, {"setting": "LOG_ENABLED=False"}]
     payload = json.dumps({"site": website, "word": "漢字"})
-    jobs = [site.schedule("pages", project="real", payload=payload, **wish) for wish in wishes]
+    jobs = [site.schedule("pages", payload=payload, **wish) for wish in wishes]
     done = [site.wait_job(job) for job in jobs]
     logs = [site.log(job) for job in jobs]
     assert {job["status"] for job in done} == {"SUCCESSFUL"}, logs
@@ -5207,7 +4774,7 @@ def test_real_statistics_logs_and_items_do_not_depend_on_how_a_project_logs(real
 
 def test_real_crawls_go_on_across_a_reload_and_flush_their_feeds_when_they_are_ended(real, website, tmp_path):
     site = real()
-    wish = {"project": "real", "payload": json.dumps({"site": website})}
+    wish = {"payload": json.dumps({"site": website})}
     canceled, late = site.schedule("slow", **wish), site.schedule("slow", timeout="3", **wish)
     for job in (canceled, late):
         wait_for(lambda job=job: "/slow/" in site.log(job))
@@ -5244,114 +4811,10 @@ def test_a_real_crawl_behind_a_launcher_keeps_its_feed_when_it_is_canceled(real,
     launcher.write_text(LAUNCHERS[name].format(scrapy=scrapy, python=sys.executable))
     launcher.chmod(0o755)
     site = real("--scrapy", str(launcher), "--kill-after", "20")
-    job = site.schedule("slow", project="real", payload=json.dumps({"site": website}))
+    job = site.schedule("slow", payload=json.dumps({"site": website}))
     wait_for(lambda: "/slow/" in site.log(job))
     site.post("cancel-job", id=job)
     canceled, log = site.job(job), site.log(job)
     assert (canceled["status"], canceled["stats"]["finish_reason"]) == ("CANCELED", "shutdown"), log
     assert (log.count("Received SIGTERM"), "Closing spider" in log) == (1, True), log
     assert len(feed_of(tmp_path, job)) == canceled["stats"]["items"] > 0
-
-
-# ---- 11. Benchmarks --------------------------------------------------------------------------------------------------
-
-# They print figures and are run by hand: python -m pytest -m benchmark -s
-
-
-def hammer(site, method, path, body, clients, seconds, keeps_alive=True):
-    """Send a request again and again from several connections and return how many seconds each answer took."""
-    end = time.monotonic() + seconds
-    headers = {"Content-Type": "application/x-www-form-urlencoded"} if body else {}
-
-    def send_on_and_on():
-        taken = []
-        while time.monotonic() < end:
-            connection = http.client.HTTPConnection("127.0.0.1", site.port, timeout=30)
-            while time.monotonic() < end:
-                began = time.monotonic()
-                connection.request(method, path, body, headers)
-                answer = connection.getresponse()
-                assert answer.status == 200
-                answer.read()
-                taken.append(time.monotonic() - began)
-                if not keeps_alive:
-                    break
-            connection.close()
-        return taken
-
-    with concurrent.futures.ThreadPoolExecutor(clients) as pool:
-        return [x for future in [pool.submit(send_on_and_on) for _ in range(clients)] for x in future.result()]
-
-
-def centile(values, percent):
-    """Return the value below which so many percent lie, in milliseconds."""
-    return 1000 * sorted(values)[min(len(values) - 1, int(len(values) * percent / 100))]
-
-
-def say(name, value, unit):
-    """Print a figure."""
-    print(f"{name:<72} {value:>10,.3g} {unit}")
-
-
-PLAN_CALL = ("POST", "/schedule-job.json", "project=shop&spider=quick&when=every+2+hours")
-
-
-@pytest.mark.benchmark
-def test_figures_of_start_and_memory(outside):
-    starts = []
-    for _ in range(11):
-        began = time.monotonic()
-        site = outside()
-        site.get("status")
-        starts.append(time.monotonic() - began)
-        for _ in range(200):
-            site.get("status")
-        memory = psutil.Process(site.process.pid).memory_info().rss
-        site.stop()
-    say("start to the first answer, median", centile(starts, 50), "ms")
-    say("resident memory after 200 requests", memory / scrapy_do.MIB, "MiB")
-
-
-@pytest.mark.benchmark
-def test_figures_of_answers_and_fairness(outside):
-    site = outside()
-    site.push()
-    for _ in range(50):
-        site.schedule(when="every 3 hours")
-    for path in ("/status.json", "/list-jobs.json?status=ACTIVE"):
-        for keeps_alive in (True, False):
-            taken = hammer(site, "GET", path, None, 4, 2, keeps_alive)
-            say(f"GET {path}, {'one connection each' if keeps_alive else 'a new connection each'}", len(taken) / 2, "/s")
-    say("POST /schedule-job.json, on the disk, 8 clients", len(hammer(site, *PLAN_CALL, 8, 2)) / 2, "/s")
-    with concurrent.futures.ThreadPoolExecutor(1) as pool:
-        changes = pool.submit(hammer, site, *PLAN_CALL, 64, 5)
-        answers = hammer(site, "GET", "/status.json", None, 1, 5)
-        say("schedule-job from 64 clients", len(changes.result()) / 5, "/s")
-    say("meanwhile: GET /status.json, 99th percentile", centile(answers, 99), "ms")
-
-
-@pytest.mark.benchmark
-def test_figures_of_crawls_and_growth(outside, tmp_path):
-    site = outside("--completed-cap", "1000")
-    site.push(stamp=f"date +%s.%N > {tmp_path}/began")
-    for count in (0, 10_000):
-        missing = range(count - site.get("status")["jobs-scheduled"])
-        with concurrent.futures.ThreadPoolExecutor(32) as pool:
-            list(pool.map(lambda _: site.schedule(when="every 1000 weeks"), missing))
-        delays = []
-        for _ in range(30):
-            asked = time.time()
-            site.wait_job(site.schedule("stamp"))
-            delays.append(float((tmp_path / "began").read_text()) - asked)
-        say(f"{count} schedules: schedule-job to the first instruction, median", centile(delays, 50), "ms")
-        say(f"{count} schedules: schedule-job on the disk, median", centile(hammer(site, *PLAN_CALL, 1, 2), 50), "ms")
-        before, began = len(site.jobs("SUCCESSFUL")), time.monotonic()
-        with concurrent.futures.ThreadPoolExecutor(8) as pool:
-            list(pool.map(lambda _: site.schedule(), range(200)))
-        wait_for(lambda before=before: len(site.jobs("SUCCESSFUL")) == before + 200)
-        say(f"{count} schedules: crawls of /bin/sh through 3 slots", 200 / (time.monotonic() - began), "/s")
-    began = time.monotonic()
-    site.stop()
-    site.start()
-    site.get("status")
-    say("10000 schedules: stop, and start to the first answer", 1000 * (time.monotonic() - began), "ms")
