@@ -967,9 +967,9 @@ def explain_archive(archive: Path, problem: str) -> str:
     if start.startswith(b"PK"):
         return f"the zip file is damaged, or cannot be unpacked here: {problem:.300}; zip it anew"
     if len(start) < 200 and start.isascii():
-        return f"the archive is the text {quoted(start.decode())}; files go with @: {PUSH_CALL}"
+        return f"it is the text {quoted(start.decode())}; curl sends files only with @: {PUSH_CALL}"
     what = "a gzip file (tar.gz?)" if start.startswith(b"\x1f\x8b") else "not a zip file"
-    return f"the archive is {what}; make a zip, 'git archive -o demo.zip HEAD', and {PUSH_CALL}"
+    return f"it is {what}; make a zip, 'git archive -o demo.zip HEAD', and {PUSH_CALL}"
 
 
 def read_config(push: str, folder: Path, names: Collection[str]) -> Project:
@@ -1626,7 +1626,10 @@ class Daemon:
             if self.is_closing:
                 raise Unavailable("the daemon is stopping; push again when it has been started")
             if is_late:
-                raise BadRequest("'scrapy list' took too long; see --list-timeout")
+                raise BadRequest(
+                    f"'scrapy list' did not end within {self.settings.list_timeout:g} s; see"
+                    " --list-timeout"
+                )
             output, errors = (path.read_text("utf-8", "replace") for path in logs)
             if exit_code != 0:
                 raise BadRequest(explain_list_error(command, errors or output, folder))
