@@ -22,9 +22,9 @@ How a request becomes a crawl:
 Threads
     main        accepts connections until a signal comes; see `serve` and `Server.serve_until`.
     http        answer the requests of a connection each, and may wait for client and disk.
-    timer       sleeps until a schedule is due, and looks at the clock at least once a minute.
+    timer       sleeps until a schedule is due or the time of a crawl is over, and looks at the
+                clock at least once a minute.
     crawl-ID    sees to a crawl that has a slot, from the copy of its code to its end.
-    alarm       asks a crawl to end whose timeout is over, or kills it --kill-after seconds later.
     on-finish   runs the command of --on-finish, for one finished job after the other.
 
 Locks
@@ -1494,7 +1494,8 @@ class Daemon:
             return False
         if job.due is not None and (former is None or former.due != job.due):
             heapq.heappush(self._due, (job.due, job.identifier))
-            self._wake.set()
+            if self._due[0][1] == job.identifier:
+                self._wake.set()
         if former is not None and former.status is job.status:
             return False
         if job.status is Status.PENDING:
@@ -2551,6 +2552,11 @@ class Route(NamedTuple):
     repeatable: tuple[str, ...] = ()  # of those
     is_post: bool = False
 
+    def __str__(self) -> str:
+        known = self.required + self.optional
+        shown = [f"{name} (repeatable)" if name in self.repeatable else name for name in known]
+        return f"its parameters are {', '.join(shown)}" if shown else "it has no parameters"
+
     def check(self, fields: Iterable[Field]) -> dict[str, Any]:
         """Return the values by name: texts, a list of them where repeatable, an archive in pieces.
 
@@ -2558,22 +2564,20 @@ class Route(NamedTuple):
         """
         known = self.required + self.optional
         values: dict[str, Any] = {}
-        shown = [f"{name} (repeatable)" if name in self.repeatable else name for name in known]
-        exist = f"its parameters are {', '.join(shown)}" if shown else "it has no parameters"
         for count, (name, value) in enumerate(fields, 1):
             if count > FIELDS_COUNT:
                 raise TooLarge(f"a request may have {FIELDS_COUNT} parameters")
             if name not in known:
                 hint = "with curl, a '&' or '+' within a value needs --data-urlencode; "
                 hint = suggest(name, known) or hint
-                raise BadRequest(f"{self.name} has no parameter {quoted(name)}; {hint}{exist}")
+                raise BadRequest(f"{self.name} has no parameter {quoted(name)}; {hint}{self}")
             if name in values and name not in self.repeatable:
-                raise BadRequest(f"the parameter {quoted(name)} is given twice; {exist}")
+                raise BadRequest(f"the parameter {quoted(name)} is given twice; {self}")
             kept = value if name == "archive" else as_text(b"".join(value), f"parameter '{name}'")
             values[name] = [*values.get(name, ()), kept] if name in self.repeatable else kept
         for name in self.required:
             if name not in values:
-                raise BadRequest(f"{self.name} needs the parameter '{name}'; {exist}")
+                raise BadRequest(f"{self.name} needs the parameter '{name}'; {self}")
         return values
 
 
@@ -2662,7 +2666,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
     An OSError of the connection ends it, ConnectionAbortedError cuts the answer for all to see.
     """
 
-    disable_nagle_algorithm = True
     server: Server
     headers: Any  # a dictionary by lower-case name
     raw_requestline: bytes  # as http.server has read it
@@ -2949,6 +2952,7 @@ class Server(http.server.ThreadingHTTPServer):
         # `accept` would block when the client has gone already. Connections inherit the timeouts;
         # with these an answer takes half the system calls that it takes with Python's own.
         listening.setblocking(False)
+        listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # inherited as well
         seconds = struct.pack("ll", *divmod(int(rules.request_timeout * 1e6), 10**6))
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, seconds)
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, seconds)
