@@ -3006,10 +3006,10 @@ class Server(http.server.ThreadingHTTPServer):
             self.process_request_thread(*self._work.get())
             self._idle.release()
 
-    def close_request(self, request: Any) -> None:
-        """Forget a connection that ends."""
+    def shutdown_request(self, request: Any) -> None:
+        """Close a connection and forget it; see `Handler.finish`."""
         self.connections.pop(request, None)
-        super().close_request(request)
+        self.close_request(request)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Log why a connection has ended, unless the client has gone."""
