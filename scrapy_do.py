@@ -3025,7 +3025,7 @@ class Server(http.server.ThreadingHTTPServer):
         while len(self.connections) >= self.rules.max_connections:
             handlers = [handler for handler in list(self.connections.values()) if handler]
             first = min(handlers, key=lambda h: (h.is_known, h.idle_since), default=None)
-            grace = GRACE_SECONDS if first and first.is_known else 0.0
+            grace = GRACE_SECONDS / 2 if first and first.is_known else 0.0
             if first and time.monotonic() - first.idle_since > grace:
                 self.connections.pop(first.request, None)
                 with contextlib.suppress(OSError):
