@@ -20,18 +20,17 @@ How a request becomes a crawl:
                   end what is left, save how it ended ────────────────┘
 
 Threads
-    main        accepts connections until a signal comes; see `serve` and `Server.serve_until`.
-    http        answer the requests of a connection each, and may wait for client and disk.
-    timer       sleeps until a schedule is due or the time of a crawl is over, and looks at the
-                clock at least once a minute.
-    crawl-ID    sees to a crawl that has a slot, from the copy of its code to its end.
-    on-finish   runs the command of --on-finish, for one finished job after the other.
+    main        accepts connections until a signal comes; see `serve` and `Server.serve_until`
+    http        answer the requests of a connection each, and may wait for client and disk
+    timer       sleeps until a schedule is due or a crawl has had its time, a minute at most
+    crawl-ID    sees to a crawl that has a slot, from the copy of its code to its end
+    on-finish   runs the command of --on-finish, for one finished job after the other
 
 Locks
-    Daemon.lock is held by whoever changes a record or starts or reaps a child process, including
-    the write to the disk. Readers take no lock: records never change, and what a reader sees is on
-    the disk. Daemon._code_lock is held by whoever copies or deletes unpacked code; neither is taken
-    inside the other. Otherwise http threads share dictionaries, whose methods are atomic.
+    Daemon.lock is held to change a record, the write to the disk included, and to start or reap a
+    child process. Readers take no lock: records never change, and what a reader sees is on the
+    disk. Daemon._code_lock is held to copy or delete unpacked code. Neither is taken inside the
+    other. All else that http threads share is dictionaries, whose methods are atomic.
 """
 
 from __future__ import annotations
@@ -80,13 +79,11 @@ except ImportError:
     sys.exit(f"scrapy_do needs psutil: run '{sys.executable} -m pip install psutil', start again")
 
 __version__ = "0.2.0"
-
 MIB = 1024 * 1024
 CHUNK_BYTES = 64 * 1024  # read or sent at once: enough to be fast, little enough for many threads
 DAY_SECONDS = 86400
-# A computer without a battery starts in 1970 and is set by the network minutes later. No clock
-# that is right shows a time before this program was written, so until then nothing is due.
-SANE_INSTANT = 1_790_000_000  # 2026-09-21
+# A computer without a battery starts in 1970, until the network sets its clock: nothing is due yet.
+SANE_INSTANT = 1_790_000_000  # 2026-09-21: no right clock shows less
 
 
 # ---- 1. Errors and log -----------------------------------------------------------------------
@@ -275,8 +272,8 @@ class Recurrence(NamedTuple):
         return self._replace(low=self.high).next_after(moment)
 
 
-# The parser: each function takes the words that are left, then "", and removes those that fit. The
-# first that does not fit stays there, and the SpecError says what is wrong with it.
+# The parser: each function removes the words that fit from those that are left, which "" ends. The
+# first that does not fit stays, and the SpecError says what is wrong with it.
 
 
 @functools.lru_cache(maxsize=1024)  # lists of jobs ask for the same few specs again and again
@@ -288,6 +285,7 @@ def parse_spec(text: str) -> Recurrence | None:
     recurrence, left, problem = _read(words)
     if not problem:
         return recurrence
+
     where = f"it ends too early: {problem}; in the shell, spaces need quotes: -F 'when={EXAMPLE}'"
     if left:
         meant = _meant(_cron_sentence(words) or words)
@@ -317,9 +315,8 @@ def _parse_sentence(rest: list[str]) -> Recurrence | None:
         unit = recurrence.unit
         _want(unit in TIME_FORMS, f"{unit}s take no time; weekdays do, as in '{EXAMPLE}'")
         rest.pop(0)
-        read = functools.partial(_read_time, unit)
-        is_list = unit == "day" and recurrence.high == 1
-        times = _parse_list(rest, read, f"a time like {TIME_FORMS[unit][2]}", is_list)
+        read, wanted = functools.partial(_read_time, unit), f"a time like {TIME_FORMS[unit][2]}"
+        times = _parse_list(rest, read, wanted, is_list=unit == "day" and recurrence.high == 1)
         recurrence = recurrence._replace(times=tuple(sorted(times)))
     only = "only weekdays, and the times of weekdays and 'every day', can be a list"
     _want(rest[0] == "", only if rest[0] in (",", "and") else "nothing may follow here")
@@ -334,8 +331,8 @@ def _parse_interval(rest: list[str]) -> Recurrence:
         rest.pop(0)
         numbers.append(_parse_number(rest, numbers[0]))
     unit = rest[0].removesuffix("s")
-    others = "" if numbers else " or a weekday"
-    _want(unit in UNIT_SECONDS, f"a unit of time{others} is wanted here")
+    wanted = "a unit of time" if numbers else "a unit of time or a weekday"
+    _want(unit in UNIT_SECONDS, f"{wanted} is wanted here")
     _want(rest[0] != unit or numbers in ([], [1]), "the plural is wanted here")
     low, high = (numbers[0], numbers[-1]) if numbers else (1, 1)
     century = 36525 * DAY_SECONDS  # more is a slip of the pen
@@ -345,8 +342,8 @@ def _parse_interval(rest: list[str]) -> Recurrence:
 
 
 def _parse_number(rest: list[str], least: int) -> int:
-    is_number = re.fullmatch("[0-9]+", rest[0])
-    _want(is_number and int(rest[0]) >= least, f"a whole number from {least} is wanted here")
+    is_right = re.fullmatch("[0-9]+", rest[0]) and int(rest[0]) >= least
+    _want(is_right, f"a whole number from {least} is wanted here")
     return int(rest.pop(0))
 
 
@@ -387,8 +384,10 @@ CRON_LINES = {
     "@hourly": "every hour at :00", "@daily": "every day at 0:00",
     "@weekly": "every sunday at 0:00", "* * * * *": "every minute",
 }  # fmt: skip
-CRON_DAYS = {"*": "day", "1-5": "weekday", "0": "sunday"}
-CRON_DAYS |= {str(number): name for number, name in enumerate(WEEKDAYS, 1)}
+CRON_DAYS = {
+    "*": "day", "1-5": "weekday", "0": "sunday",
+    **{str(number): name for number, name in enumerate(WEEKDAYS, 1)},
+}  # fmt: skip
 
 
 def _meant(words: list[str], repairs: int = 5) -> str:
