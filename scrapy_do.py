@@ -20,18 +20,17 @@ How a request becomes a crawl:
                   end what is left, save how it ended ────────────────┘
 
 Threads
-    main        accepts connections until a signal comes; see `serve` and `Server.serve_until`.
-    http        answer the requests of a connection each, and may wait for client and disk.
-    timer       sleeps until a schedule is due or the time of a crawl is over, and looks at the
-                clock at least once a minute.
-    crawl-ID    sees to a crawl that has a slot, from the copy of its code to its end.
-    on-finish   runs the command of --on-finish, for one finished job after the other.
+    main        accepts connections until a signal comes; see `serve` and `Server.serve_until`
+    http        answer the requests of a connection each, and may wait for client and disk
+    timer       sleeps until a schedule is due or a crawl has had its time, a minute at most
+    crawl-ID    sees to a crawl that has a slot, from the copy of its code to its end
+    on-finish   runs the command of --on-finish, for one finished job after the other
 
 Locks
-    Daemon.lock is held by whoever changes a record or starts or reaps a child process, including
-    the write to the disk. Readers take no lock: records never change, and what a reader sees is on
-    the disk. Daemon._code_lock is held by whoever copies or deletes unpacked code; neither is taken
-    inside the other. Otherwise http threads share dictionaries, whose methods are atomic.
+    Daemon.lock is held to change a record, the write to the disk included, and to start or reap a
+    child process. Readers take no lock: records never change, and what a reader sees is on the
+    disk. Daemon._code_lock is held to copy or delete unpacked code. Neither is taken inside the
+    other. All else that http threads share is dictionaries, whose methods are atomic.
 """
 
 from __future__ import annotations
@@ -80,13 +79,11 @@ except ImportError:
     sys.exit(f"scrapy_do needs psutil: run '{sys.executable} -m pip install psutil', start again")
 
 __version__ = "0.2.0"
-
 MIB = 1024 * 1024
 CHUNK_BYTES = 64 * 1024  # read or sent at once: enough to be fast, little enough for many threads
 DAY_SECONDS = 86400
-# A computer without a battery starts in 1970 and is set by the network minutes later. No clock
-# that is right shows a time before this program was written, so until then nothing is due.
-SANE_INSTANT = 1_790_000_000  # 2026-09-21
+# A computer without a battery starts in 1970, until the network sets its clock: nothing is due yet.
+SANE_INSTANT = 1_790_000_000  # 2026-09-21: no right clock shows less
 
 
 # ---- 1. Errors and log -----------------------------------------------------------------------
@@ -128,11 +125,10 @@ class StorageError(ScrapyDoError):
 
 def log(message: str) -> None:
     """Write a line to stderr, with the local time; a line break cannot fake a second line."""
-    message = "".join(c if c.isprintable() else repr(c)[1:-1] for c in message)
-    line = f"{time.strftime('%Y-%m-%d %H:%M:%S%z')} {message}\n"
+    text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in message)
     # A full disk or a closed terminal must not stop a crawl, and sys.stderr may even be None.
     with contextlib.suppress(OSError, ValueError):
-        print(line, end="", file=sys.stderr, flush=True)
+        print(f"{time.strftime('%F %T%z')} {text}\n", end="", file=sys.stderr, flush=True)
 
 
 def log_crash(what: str) -> None:
@@ -174,7 +170,6 @@ def parse_seconds(text: str, least: float = 0.0) -> float:
 
 # ---- 2. Schedules ----------------------------------------------------------------------------
 
-SPEC_CHARACTERS = 1000  # all weekdays and a time for each quarter of an hour fit
 UNIT_SECONDS = {"second": 1, "minute": 60, "hour": 3600, "day": 86400, "week": 7 * 86400}
 ELAPSED_UNITS = ("second", "minute", "hour")  # the others are days on the local calendar
 LAST_INSTANT = 253402214400.0  # 9999-12-31 00:00 UTC: still the year 9999 in every time zone
@@ -191,15 +186,12 @@ TIME_FORMS = {  # unit: what the first number of its times counts, their form, a
 
 
 def _utc_offset(moment: float) -> int:
-    """Return by how many seconds local clocks are ahead of UTC at a POSIX time."""
-    return time.localtime(moment).tm_gmtoff
+    return time.localtime(moment).tm_gmtoff  # by which local clocks are ahead
 
 
 def _instant_of_wall(wall: float) -> float:
-    """Return the first POSIX time at which local clocks show `wall` (seconds from 1970) or later.
-
-    That is right after the gap of spring, and the first pass in the fold of autumn (PEP 495).
-    """
+    # Return when local clocks first show `wall` (seconds from 1970) or later: right after the gap
+    # of spring, and on the first pass in the fold of autumn (PEP 495).
     before, after = _utc_offset(wall - DAY_SECONDS), _utc_offset(wall + DAY_SECONDS)
     if _utc_offset(wall - before) == before:
         return wall - before
@@ -258,8 +250,8 @@ class Recurrence(NamedTuple):
         return next(due for due in dues if due > moment + 1e-6)  # a sum of floats may round up
 
     def _wall_of(self, moment: float) -> float:
-        """Return what local clocks show, or would show had no gap delayed a run past midnight."""
-        # This keeps the grid of steps of several days, which have one time; others need no grid.
+        # Return what local clocks show, or would show had no gap delayed a run past midnight. This
+        # keeps the grid of steps of several days, which have one time; others need no grid.
         wall = moment + _utc_offset(moment)
         yesterday = (wall // DAY_SECONDS - 1) * DAY_SECONDS + sum(self.times[-1:])
         return yesterday if self.times and _instant_of_wall(yesterday) == moment else wall
@@ -269,8 +261,8 @@ class Recurrence(NamedTuple):
         # Leap over most of them as intervals of the greatest length, which is a possible draw.
         longest = self.high * UNIT_SECONDS[self.unit]
         leap = max((now - due) // longest - 2, 0) * longest  # 2: a day of 25 hours, and last draws
-        is_local = self.unit not in ELAPSED_UNITS
-        due = _instant_of_wall(self._wall_of(due) + leap) if is_local else due + leap
+        is_elapsed = self.unit in ELAPSED_UNITS
+        due = due + leap if is_elapsed else _instant_of_wall(self._wall_of(due) + leap)
         while due <= now:
             due = self.next_after(due, rng)
         return due
@@ -280,30 +272,29 @@ class Recurrence(NamedTuple):
         return self._replace(low=self.high).next_after(moment)
 
 
-# The parser: each function takes the words that are left, then "", and removes those that fit. The
-# first that does not fit stays there, and the SpecError says what is wrong with it.
+# The parser: each function removes the words that fit from those that are left, which "" ends. The
+# first that does not fit stays, and the SpecError says what is wrong with it.
 
 
 @functools.lru_cache(maxsize=1024)  # lists of jobs ask for the same few specs again and again
 def parse_spec(text: str) -> Recurrence | None:
     """Return when the spec says that a job is due; None is 'now'. Raise SpecError where it errs."""
-    if len(text) > SPEC_CHARACTERS:
-        raise SpecError(f"schedule not understood: it has more than {SPEC_CHARACTERS} characters")
+    if len(text) > 1000:  # all weekdays and a time for each quarter of an hour fit
+        raise SpecError("schedule not understood: it has more than 1000 characters")
     words = re.sub(r",(\s*and\s)?", " , ", text.lower()).split()
     recurrence, left, problem = _read(words)
     if not problem:
         return recurrence
 
-    where = "it ends too early"
-    advice = "; in the shell, spaces need quotes: -F 'when=every monday at 12:30'"
+    where = f"it ends too early: {problem}; in the shell, spaces need quotes: -F 'when={EXAMPLE}'"
     if left:
         meant = _meant(_cron_sentence(words) or words)
-        where, advice = f"{quoted(left[0])} does not fit", f"; write '{meant}'" if meant else ""
-    raise SpecError(f"schedule not understood: {where}: {problem}{advice}. The forms: {SPEC_FORMS}")
+        where = f"{quoted(left[0])} does not fit: {problem}{meant}"
+    raise SpecError(f"schedule not understood: {where}. The forms: {SPEC_FORMS}")
 
 
 def _read(words: list[str]) -> tuple[Recurrence | None, list[str], str]:
-    """Return the meaning of a spec, the words that do not fit, and what is wrong with the first."""
+    # Return the meaning, the words that do not fit, and what is wrong with the first of them.
     rest = [*words, ""]
     try:
         return _parse_sentence(rest), [], ""
@@ -311,24 +302,21 @@ def _read(words: list[str]) -> tuple[Recurrence | None, list[str], str]:
         return None, rest[:-1], str(error)
 
 
-def _want(is_right: bool, problem: str) -> None:
+def _want(is_right: object, problem: str) -> None:
     if not is_right:
         raise SpecError(problem)
 
 
 def _parse_sentence(rest: list[str]) -> Recurrence | None:
-    _want(not re.match("@|([0-9*/,-]+ ){3}", " ".join(rest)), "cron syntax is not read")
-    one_off = ("at", "in", "next", "on", "once", "today", "tomorrow", "tonight")
-    _want(rest[0] not in one_off, "one-off runs are only possible by 'now'")
-    _want(rest[0] in ("now", "every"), "a schedule starts with 'now' or 'every'")
+    problem = next(text for begin, text in NO_BEGINS if re.match(begin, " ".join(rest)))
+    _want(rest[0] in ("now", "every"), problem)
     recurrence = None if rest.pop(0) == "now" else _parse_interval(rest)
     if recurrence and rest[0] == "at":
-        unit, high = recurrence.unit, recurrence.high
-        advice = "weekdays do, as in 'every monday at 12:30'"
-        _want(unit in TIME_FORMS, f"{unit}s take no time; {advice}")
+        unit = recurrence.unit
+        _want(unit in TIME_FORMS, f"{unit}s take no time; weekdays do, as in '{EXAMPLE}'")
         rest.pop(0)
         read, wanted = functools.partial(_read_time, unit), f"a time like {TIME_FORMS[unit][2]}"
-        times = _parse_list(rest, read, wanted, unit == "day" and high == 1)
+        times = _parse_list(rest, read, wanted, is_list=unit == "day" and recurrence.high == 1)
         recurrence = recurrence._replace(times=tuple(sorted(times)))
     only = "only weekdays, and the times of weekdays and 'every day', can be a list"
     _want(rest[0] == "", only if rest[0] in (",", "and") else "nothing may follow here")
@@ -343,41 +331,40 @@ def _parse_interval(rest: list[str]) -> Recurrence:
         rest.pop(0)
         numbers.append(_parse_number(rest, numbers[0]))
     unit = rest[0].removesuffix("s")
-    others = "" if numbers else " or a weekday"
-    _want(unit in UNIT_SECONDS, f"a unit of time{others} is wanted here")
+    wanted = "a unit of time" if numbers else "a unit of time or a weekday"
+    _want(unit in UNIT_SECONDS, f"{wanted} is wanted here")
     _want(rest[0] != unit or numbers in ([], [1]), "the plural is wanted here")
-    numbers = numbers or [1]
-    is_sane = numbers[-1] * UNIT_SECONDS[unit] <= 36525 * DAY_SECONDS  # more is a slip of the pen
-    _want(is_sane, "an interval is at most 100 years")
+    low, high = (numbers[0], numbers[-1]) if numbers else (1, 1)
+    century = 36525 * DAY_SECONDS  # more is a slip of the pen
+    _want(high * UNIT_SECONDS[unit] <= century, "an interval is at most 100 years")
     rest.pop(0)
-    return Recurrence(unit, numbers[0], numbers[-1])
+    return Recurrence(unit, low, high)
 
 
 def _parse_number(rest: list[str], least: int) -> int:
-    is_right = re.fullmatch("[0-9]+", rest[0]) is not None and int(rest[0]) >= least
+    is_right = re.fullmatch("[0-9]+", rest[0]) and int(rest[0]) >= least
     _want(is_right, f"a whole number from {least} is wanted here")
     return int(rest.pop(0))
 
 
 def _read_time(unit: str, word: str) -> frozenset[int]:
     scale, form, _ = TIME_FORMS[unit]
-    if not re.fullmatch(form, word):
-        return frozenset()
-    numbers = map(int, filter(None, word.split(":")))
-    return frozenset({sum(number * scale // 60**place for place, number in enumerate(numbers))})
+    numbers = enumerate(re.findall("[0-9]+", word))
+    seconds = sum(int(number) * scale // 60**place for place, number in numbers)
+    return frozenset({seconds} if re.fullmatch(form, word) else ())
 
 
 def _parse_list(
-    rest: list[str], read: Callable[[str], frozenset[int] | None], wanted: str, is_open: bool = True
+    rest: list[str], read: Callable[[str], frozenset[int] | None], wanted: str, is_list: bool = True
 ) -> frozenset[int]:
     found: frozenset[int] = frozenset()
     while True:
-        values = read(rest[0])
-        if not values or found & values:
-            raise SpecError("it is given twice" if values else f"{wanted} is wanted here")
+        values = read(rest[0]) or frozenset()
+        _want(values, f"{wanted} is wanted here")
+        _want(not found & values, "it is given twice")
         found |= values
         rest.pop(0)
-        if not is_open or rest[0] not in (",", "and"):
+        if not is_list or rest[0] not in (",", "and"):
             return found
         rest.pop(0)
 
@@ -387,17 +374,27 @@ SPEC_FORMS = (
     "now | every [N | A to B] seconds|minutes|hours|days|weeks [at TIME] | "
     "every day|weekday|weekend|monday, friday and sunday [at 6:00 and 18:30]"
 )
-SPEC_WORDS = (*UNIT_SECONDS, *(f"{unit}s" for unit in UNIT_SECONDS), *DAY_NAMES)
-CRON_NAMES = {"@hourly": "0 * * * *", "@daily": "0 0 * * *", "@weekly": "0 0 * * 0"}
-CRON_DAYS = {str(number): name for number, name in enumerate((WEEKDAYS[-1], *WEEKDAYS))}
-CRON_DAYS |= {"*": "day", "1-5": "weekday"}
+EXAMPLE = "every monday at 12:30"
+NO_BEGINS = (  # what is wrong with a sentence that begins otherwise than with 'now' or 'every'
+    ("@|([0-9*/,-]+ ){3}", "cron syntax is not read"),
+    ("(at|in|next|on|once|today|tomorrow|tonight) ", "one-off runs are only possible by 'now'"),
+    ("", "a schedule starts with 'now' or 'every'"),
+)
+CRON_LINES = {
+    "@hourly": "every hour at :00", "@daily": "every day at 0:00",
+    "@weekly": "every sunday at 0:00", "* * * * *": "every minute",
+}  # fmt: skip
+CRON_DAYS = {
+    "*": "day", "1-5": "weekday", "0": "sunday",
+    **{str(number): name for number, name in enumerate(WEEKDAYS, 1)},
+}  # fmt: skip
 
 
 def _meant(words: list[str], repairs: int = 5) -> str:
-    """Return the sentence that was meant, put right word by word; "" if that leads nowhere."""
+    # Return the advice to write what was meant, put right word by word; "" if that leads nowhere.
     _, left, problem = _read(words)
     if not problem:
-        return " ".join(words).replace(" ,", ",")
+        return f"; write '{' '.join(words).replace(' ,', ',')}'"
     begin = words[: len(words) - len(left)]
     found = _repairs(left[0]) if left and repairs else []
     trials = [[*begin, *repair.split(), *left[1:]] for repair in found]
@@ -406,23 +403,22 @@ def _meant(words: list[str], repairs: int = 5) -> str:
 
 
 def _repairs(word: str) -> list[str]:
-    """Return what may have been meant by a word."""
-    known = [each for each in SPEC_WORDS if each.startswith(word.rstrip("s") or word)]
+    known = [each for name in (*UNIT_SECONDS, *DAY_NAMES) for each in (name, f"{name}s")]
+    known = [each for each in known if each.startswith(word.rstrip("s") or word)]
     spaced = re.sub("([0-9])([a-z])", r"\1 \2", word)
     return [*known, f":{word}", f"{word}:00", spaced, f"every {word}", f"at {word}", f"and {word}"]
 
 
 def _cron_sentence(words: list[str]) -> list[str]:
-    """Return words, not yet parsed, that mean what five fields of crontab(5) do; or none."""
-    line = CRON_NAMES.get(words[0], " ".join(words).replace(" , ", ","))
+    # Return words, not yet parsed, that mean what a line of crontab(5) does; or none.
+    line = " ".join(words).replace(" , ", ",")
     fields = re.fullmatch(r"(\S+) (\S+) \* \* (\S+)", line)
-    if fields is None:
-        return []
+    if line in CRON_LINES or fields is None:
+        return CRON_LINES.get(line, "").split()
     minute, hour, days = fields.groups()
     if hour == days == "*":
-        sentence = "every minute" if minute == "*" else f"every hour at :{minute:0>2}"
         step = re.fullmatch(r"\*/([2-6]|1[025]|[23]0)", minute)
-        return (f"every {step[1]} minutes" if step else sentence).split()
+        return (f"every {step[1]} minutes" if step else f"every hour at :{minute:0>2}").split()
     named = " and ".join(CRON_DAYS.get(day, day) for day in days.split(","))
     times = " and ".join(f"{number}:{minute:0>2}" for number in hour.split(","))
     return f"every {named} at {times}".split()
@@ -504,8 +500,7 @@ class Job(NamedTuple):
 
     def recurrence(self) -> Recurrence:
         """Return when the job is due. Raise SpecError for a spec that this version refuses."""
-        recurrence = parse_spec(self.schedule)
-        if recurrence is None:
+        if (recurrence := parse_spec(self.schedule)) is None:
             raise SpecError("'now' is not a recurring schedule")
         return recurrence.anchored(self.origin)
 
@@ -532,14 +527,14 @@ def describe(job: Job) -> str:
     took = f" after {job.duration} s" if job.duration is not None else ""
     run = f", a run of {job.scheduled_by}" if job.scheduled_by else ""
     end = f", {job.reason}" if job.reason else ""
-    begin = f"job {job.identifier} {job.status.value}"
-    return f"{begin}{when}{took}: {job.project} {job.spider}{run}{end}"
+    what = f"{job.status.value}{when}{took}: {job.project} {job.spider}"
+    return f"job {job.identifier} {what}{run}{end}"
 
 
 def new_identifier() -> str:
     """Return a random UUID, RFC 9562 section 5.4; the module uuid takes 2 ms to import."""
-    text = os.urandom(16).hex()
-    return f"{text[:8]}-{text[8:12]}-4{text[13:16]}-a{text[17:20]}-{text[20:]}"
+    digits = os.urandom(16).hex()
+    return re.sub("(.{8})(....).(...).(...)(.*)", r"\1-\2-4\3-a\4-\5", digits)
 
 
 def local_time(moment: float | None) -> str | None:
@@ -553,18 +548,12 @@ def job_text(job: Job) -> str:
     return encode_json(job.view())
 
 
-class Json(str):
-    """Text that is JSON already."""
-
-
 def encode_answer(answer: Mapping[str, Any]) -> str:
-    """Return an answer as JSON.
-
-    A list of jobs comes as text: to encode 10,000 in a call would keep all other threads waiting.
-    """
-    texts = [f', "{name}": {value}' for name, value in answer.items() if isinstance(value, Json)]
-    others = {name: value for name, value in answer.items() if not isinstance(value, Json)}
-    return encode_json(others)[:-1] + "".join(texts) + "}"
+    """Return an answer as JSON; the `jobs` in it are JSON texts already."""
+    # To encode 10,000 jobs in a call would keep all other threads waiting.
+    if "jobs" not in answer:
+        return encode_json(answer)
+    return f'{{"status": "ok", "jobs": [{", ".join(answer["jobs"])}]}}'
 
 
 def encode_record(record: Record) -> str:
@@ -584,17 +573,15 @@ def decode_record(fields: Any) -> Record:
     try:
         return kind(**{name: _decode_field(kind, name, v) for name, v in fields.items()})
     except (TypeError, ValueError) as error:
-        key = fields.get(kind._fields[0])
-        raise ValueError(f"the record {key!r:.60}: {error}") from None
+        raise ValueError(f"the record {fields.get(kind._fields[0])!r:.60}: {error}") from None
 
 
 def _decode_field(kind: type[Job | Project], name: str, value: Any) -> Any:
-    if name not in kind._fields:
-        raise ValueError(f"there is no field {quoted(name)}")
-    wanted = kind.__annotations__[name].__forward_arg__  # typing.NamedTuple keeps the text in it
+    # typing.NamedTuple keeps the text of an annotation in a ForwardRef.
+    wanted = kind.__annotations__[name].__forward_arg__ if name in kind._fields else ""
     is_right = not {*wanted.split(" | ")}.isdisjoint(JSON_ANNOTATIONS[type(value)])
     if not is_right or ("float" in wanted and not 0 <= (value or 0) < LAST_INSTANT):
-        raise ValueError(f"the field '{name}' cannot be {value!r:.60}")
+        raise ValueError(f"no field {quoted(name)} can be {value!r:.60}")
     if isinstance(value, list):
         return tuple(map(str, value))
     return Status(value) if name == "status" else value
@@ -1721,7 +1708,7 @@ class Daemon:
         if (id is None) is (status is None) or (id is not None and any(others)):
             raise BadRequest("this needs either id or status, as in list-jobs.json?status=ACTIVE")
         if id is not None:
-            return {"jobs": [self.find_job(id).view()]}
+            return {"jobs": [job_text(self.find_job(id))]}
         groups = {"ACTIVE": ACTIVE, "COMPLETED": COMPLETED, **{s.value: (s,) for s in Status}}
         if status not in groups:
             raise BadRequest(f"there is no such status; use one of {', '.join(groups)}")
@@ -1730,7 +1717,7 @@ class Daemon:
             if scheduled_by in (None, job.scheduled_by)
         ]  # fmt: skip
         count = None if limit is None else checked("limit", parse_whole, limit, 1, 10**9)
-        return {"jobs": Json(f"[{', '.join(map(job_text, jobs[:count]))}]")}
+        return {"jobs": [job_text(job) for job in jobs[:count]]}
 
     def cancel(
         self, id: str | None = None, project: str | None = None, spider: str | None = None
@@ -3057,8 +3044,6 @@ def is_busy(handler: Handler | None) -> bool:
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 HANDOVER = "SCRAPY_DO_HANDOVER"  # in the environment at a reload: the listening socket's number
-BACKLOG = 1024  # connections that the kernel keeps until they are accepted
-CHECK_SECONDS = 10.0  # that a new program may take to say its version; new clients wait meanwhile
 DRAIN_SECONDS = 2.0  # for the last answers at a stop or reload
 PROGRAM = (sys.executable, *sys.orig_argv[1:])  # what has started this process
 
@@ -3073,11 +3058,10 @@ def parse_command(text: str) -> Strings:
     return (os.path.abspath(words[0]) if "/" in words[0] else words[0], *words[1:])
 
 
-def parse_option(parse: Callable[..., Any], bounds: Sequence[float], text: str) -> Any:
-    """Return the value of an option; argparse takes the words of this error only."""
+def _parse_option(parse: Callable[..., Any], bounds: Sequence[float], text: str) -> Any:
     try:
         return parse(text, *bounds)
-    except ValueError as error:
+    except ValueError as error:  # argparse shows the words of an error of its own only
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
@@ -3118,8 +3102,8 @@ OPTIONS = {  # by group: the name, the name of the value, how it is read, bounds
 def parse_options(argv: list[str] | None) -> argparse.Namespace:
     """Return the options; None takes them from the command line. Wrong ones end with status 2."""
     parser = argparse.ArgumentParser(
-        prog="scrapy-do", description=(__doc__ or "").splitlines()[0], allow_abbrev=False,
-        fromfile_prefix_chars="@",
+        prog="scrapy-do", allow_abbrev=False, fromfile_prefix_chars="@",
+        description="Keep Scrapy projects, and run their spiders now or on a schedule.",
         epilog="@FILE takes options from a file, one word a line. The README explains all.",
         # To find out the width of a terminal takes argparse imports of 2 ms and 0.6 MiB.
         formatter_class=functools.partial(argparse.HelpFormatter, width=79, max_help_position=28),
@@ -3128,14 +3112,16 @@ def parse_options(argv: list[str] | None) -> argparse.Namespace:
         group = parser.add_argument_group(title)
         for name, metavar, parse, bounds, meaning in rows:
             shown = " (%(default)g)" if parse in (parse_whole, parse_seconds) else ""
-            read = functools.partial(parse_option, parse, bounds)
+            read = functools.partial(_parse_option, parse, bounds)
             group.add_argument(name, metavar=metavar, type=read, help=meaning + shown)
     group.add_argument("--no-auth", action="store_true", help="let in everybody on any --host")
-    meaning = "one more name of this machine, or NAME:PORT; may be repeated"
-    group.add_argument("--allow-host", metavar="NAME", action="append", help=meaning)
+    group.add_argument("--allow-host", metavar="NAME", action="append",
+                       help="one more name of this machine, or NAME:PORT; may be repeated")
     parser.add_argument("--version", action="store_true", help="say the version, and no more")
-    parser.set_defaults(**Settings()._asdict(), **Rules(allow_host=[])._asdict())
-    parser.set_defaults(host="127.0.0.1", port=7654, data_dir=Path("scrapy-do-data"))
+    parser.set_defaults(
+        host="127.0.0.1", port=7654, data_dir=Path("scrapy-do-data"),
+        **Settings()._asdict(), **Rules(allow_host=[])._asdict(),
+    )  # fmt: skip
     options = parser.parse_args(argv)
     if options.auth_file and options.no_auth:
         parser.error("--auth-file and --no-auth contradict each other")
@@ -3148,28 +3134,32 @@ def read_rules(options: argparse.Namespace) -> Rules:
     """Return the rules of the server. Raise ScrapyDoError for a host or files that will not do."""
     is_local = options.host.startswith("127.") or options.host in ("::1", "localhost")
     if not (is_local or options.auth_file or options.no_auth):
-        advice = "name users by --auth-file, or say --no-auth if a proxy or firewall checks them"
-        raise ScrapyDoError(f"whoever reaches {options.host} could run code as this user; {advice}")
-    if options.auth_file:
-        options.users = read_users(options.auth_file)
-    if options.tls_cert:
-        options.tls = Tls(options.tls_cert, options.tls_key, options.tls_password_file)
+        raise ScrapyDoError(
+            f"whoever reaches {options.host} could run code as this user; name users by"
+            " --auth-file, or say --no-auth if a proxy or firewall checks them"
+        )
     if options.on_finish and not shutil.which(options.on_finish[0]):
-        advice = f"run 'chmod +x {options.on_finish[0]}', or mend the path"
-        raise ScrapyDoError(f"--on-finish {options.on_finish[0]} cannot be executed; {advice}")
-    return Rules(**{name: getattr(options, name) for name in Rules._fields})
+        raise ScrapyDoError(
+            f"--on-finish {options.on_finish[0]} cannot be executed; mend the path, or have it"
+            " executable by chmod +x"
+        )
+    users = read_users(options.auth_file) if options.auth_file else None
+    files = (options.tls_cert, options.tls_key, options.tls_password_file)
+    return Rules(
+        options.max_upload, options.request_timeout, options.max_connections, options.allow_host,
+        users, Tls(*files) if options.tls_cert else None,
+    )  # fmt: skip
 
 
 def warn_of_surroundings(scrapy: Sequence[str]) -> None:
     """Log what will not work later, though the daemon can start."""
     if scrapy == Settings().scrapy and importlib.util.find_spec("scrapy") is None:
-        cure = f"run '{sys.executable} -m pip install scrapy', or see --scrapy"
-        log(f"warning: Scrapy is not installed for {sys.executable}: {cure}")
+        log(f"warning: Scrapy is missing; run '{sys.executable} -m pip install scrapy'")
     elif "{project}" not in scrapy[0] and not shutil.which(scrapy[0]):
         log(f"warning: there is no command '{scrapy[0]}'; install it, or see --scrapy")
     zone = os.environ.get("TZ", "").removeprefix(":")
-    is_rule = re.match(r"(<[^>]+>|[A-Za-z]{3,})[+-]?[0-9]", zone)
-    if zone and not is_rule and not os.path.exists(os.path.join("/usr/share/zoneinfo", zone)):
+    known = re.match(r"$|(<[^>]+>|[A-Za-z]{3,})[+-]?[0-9]", zone)  # none, or a rule
+    if not known and not os.path.exists(os.path.join("/usr/share/zoneinfo", zone)):
         log(f"warning: there is no time zone {quoted(zone)}, so times are UTC; set TZ to another")
 
 
@@ -3178,12 +3168,13 @@ def listen(options: argparse.Namespace) -> socket.socket:
     if HANDOVER in os.environ:
         return socket.socket(fileno=int(os.environ.pop(HANDOVER)))
     family = socket.AF_INET6 if ":" in options.host else socket.AF_INET
-    try:
-        return socket.create_server((options.host, options.port), family=family, backlog=BACKLOG)
+    try:  # the kernel keeps so many connections until they are accepted
+        return socket.create_server((options.host, options.port), family=family, backlog=1024)
     except OSError as error:
-        where = f"{options.host}, port {options.port}: {error.strerror or error}"
-        advice = "choose another --port or --host, or stop the program that uses it"
-        raise ScrapyDoError(f"cannot listen on {where}; {advice}") from None
+        raise ScrapyDoError(
+            f"cannot listen on {options.host}, port {options.port}: {error.strerror or error};"
+            " choose another --port or --host, or stop the program that uses it"
+        ) from None
 
 
 def tell_supervisor(state: str) -> None:
@@ -3193,12 +3184,12 @@ def tell_supervisor(state: str) -> None:
         wire.sendto(state.encode(), re.sub("^@", "\0", address))  # "" is an OSError
 
 
-def check_program(listening: socket.socket) -> None:
+def check_program(host: str) -> None:
     """Raise ScrapyDoError if the program, maybe a newer version, cannot start with our options."""
-    command = [*PROGRAM, "--version", "--host", listening.getsockname()[0]]  # it keeps that address
     asked = subprocess.run(
-        command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=CHECK_SECONDS
-    )
+        [*PROGRAM, "--version", "--host", host], stdin=subprocess.DEVNULL, capture_output=True,
+        text=True, timeout=10.0,  # new clients wait meanwhile
+    )  # fmt: skip
     if not asked.stdout.startswith("scrapy-do "):  # the exit status may have been reaped elsewhere
         problem = (asked.stderr.strip() or "it does not say its version").splitlines()[-1]
         raise ScrapyDoError(f"the program cannot be started: {problem}")
@@ -3208,33 +3199,30 @@ def reload(daemon: Daemon, server: Server, signals: socket.socket) -> None:
     """Have the program executed anew; return when that is refused, and all goes on."""
     tell_supervisor(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
     try:
-        check_program(server.socket)
+        check_program(server.socket.getsockname()[0])  # the next program keeps this address
         log("reloading; crawls run on")
         server.drain(DRAIN_SECONDS)
         reexec(daemon, server.socket, signals)
     except (ScrapyDoError, OSError, ValueError, subprocess.SubprocessError) as error:
         log(f"not reloaded, all goes on as before: {error}; mend that and send SIGHUP again")
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     tell_supervisor("READY=1")
 
 
 def reexec(daemon: Daemon, listening: socket.socket, signals: socket.socket) -> None:
     """Execute the program anew in this process; return if there is a signal to look at first.
 
-    The lock is held: no child is started or reaped, and no record changes, until the next program
-    has loaded them. Its children are ours, see execve(2), and clients wait at the same socket.
+    The lock is held, so no child is started or reaped and no record changes until the next program
+    has loaded them. Our children are its children, see execve(2); clients wait at the same socket.
     """
     with daemon.lock:
         if daemon.store.is_behind:
             raise ScrapyDoError(f"the state cannot be saved in {daemon.store.folder}")
-        if select.select([signals], [], [], 0)[0]:
-            return
         listening.set_inheritable(True)  # subprocess closes it all the same
         # A signal that comes from now on stays pending, and is for the next program.
         signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-        try:
+        if not select.select([signals], [], [], 0)[0]:
             os.execve(PROGRAM[0], PROGRAM, {**os.environ, HANDOVER: str(listening.fileno())})
-        finally:
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
 
 def serve(options: argparse.Namespace, signals: socket.socket) -> None:
@@ -3267,8 +3255,7 @@ def serve(options: argparse.Namespace, signals: socket.socket) -> None:
 def prepare_process() -> socket.socket:
     """Put right what a process may inherit, and return a socket that gets a byte for each signal.
 
-    A handler runs between two steps of the interpreter only, and might come too late to end a
-    wait; see signal.set_wakeup_fd.
+    A signal handler might run too late to end a wait, see signal.set_wakeup_fd.
     """
     # A file that is opened while a standard stream is closed would become that stream.
     while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
@@ -3293,19 +3280,17 @@ def prepare_process() -> socket.socket:
     return signals
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the command line; return 0 when told to stop, 1 when the daemon cannot start."""
+def main(argv: list[str] | None = None) -> None:
+    """Run the command line; the exit status is 0 when told to stop, 1 when it cannot start."""
     options = parse_options(argv)
     try:
-        if options.version:  # with all the files read, since `check_program` asks for that
-            read_rules(options)
+        if options.version:
+            read_rules(options)  # with all the files, since `check_program` asks for that
             print(f"scrapy-do {__version__}")
         else:
             serve(options, prepare_process())
     except ScrapyDoError as error:
-        print(f"scrapy-do: {error}", file=sys.stderr)
-        return 1
-    return 0
+        sys.exit(f"scrapy-do: {error}")
 
 
 # ---- 9. Page ---------------------------------------------------------------------------------
@@ -3522,4 +3507,4 @@ refresh();</script>
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
