@@ -640,7 +640,6 @@ else:  # signals of whatever sender: the project's own collector, extensions and
 
 STATE_VERSION = 2
 STATE_END = b"\n]}\n"
-SPARE_SECONDS = 0.05  # until a step is tried again for which there was no file descriptor
 
 
 def sync(path: Path) -> None:
@@ -691,8 +690,7 @@ def open_log(path: Path) -> IO[bytes]:
 def parse_state(data: bytes) -> dict[str, Any]:
     """Return the document of a state file, without a last change that a crash has torn.
 
-    Raise ValueError for all else, lest the mistake of somebody who edits the file is taken for a
-    crash, and records are lost.
+    Raise ValueError for all else, such as a mistake of somebody who has edited the file.
     """
     try:
         document = json.loads(data)
@@ -735,10 +733,9 @@ class Store:
         ]}
 
     A change is written over the closing brackets and ends with new ones, in a write and an fsync.
-    So a power cut can only spoil the last change, which nobody has been told of. As in SQLite's
-    "powersafe overwrite", bytes before a write in the same sector are taken to be safe.
-
-    All methods that write want Daemon.lock to be held.
+    So a power cut can only spoil the last change, which nobody has been told of. Bytes before a
+    write in the same sector are taken to be safe, as in SQLite. `append` and `rewrite` want
+    Daemon.lock to be held.
     """
 
     def __init__(self, folder: Path):
@@ -751,29 +748,25 @@ class Store:
         self._size = 0  # of the file, as we have written it
         self._most = 0  # the size from which on it is written anew
         try:
-            self._make_folders()
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            if folder.stat().st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+                raise StorageError(
+                    f"others may write to {folder}, and so run code as you: run"
+                    f" 'chmod go-w {folder}'"
+                )
+            self._lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            for path in (self.projects, self.logs, self.work, self.spider_data):
+                path.mkdir(mode=0o700, exist_ok=True)  # or a link to a folder, made by its owner
             # Whatever runs has files there, so the last daemon did not end well.
             self.was_crashed = any(path != self.shim for path in self.work.iterdir())
             self._write_shim()
-        except OSError as error:
-            raise StorageError(f"the data folder cannot be used: {error}; see --data-dir") from None
-
-    def _make_folders(self) -> None:
-        self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if self.folder.stat().st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-            raise StorageError(
-                f"others may write to {self.folder}, and so run code as you: run"
-                f" 'chmod go-w {self.folder}'"
-            )
-        self._lock = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise StorageError(
-                f"another scrapy_do uses {self.folder}: stop it, or choose another --data-dir"
+                f"another scrapy_do uses {folder}: stop it, or choose another --data-dir"
             ) from None
-        for path in (self.projects, self.logs, self.work, self.spider_data):
-            path.mkdir(mode=0o700, exist_ok=True)  # or a link to a folder, made by its owner
+        except OSError as error:
+            raise StorageError(f"the data folder cannot be used: {error}; see --data-dir") from None
 
     def _write_shim(self) -> None:
         path = self.shim / f"{SHIM_MODULE}.py"
@@ -822,26 +815,13 @@ class Store:
             if path != self.shim and path.stem not in running:
                 remove_tree(path)
 
-    def archive(self, project: Project) -> Path:
-        """Return where a project's archive is kept."""
-        return self.projects / f"{project.push}.zip"
-
     def tree(self, project: Project) -> Path:
-        """Return the folder with a project's unpacked archive."""
+        """Return the folder of a project's code; its archive is beside it, with `.zip`."""
         return self.projects / project.push
 
-    def log_file(self, identifier: str, stream: str) -> Path:
-        """Return the log of a job: `stream` is out or err."""
-        return self.logs / f"{identifier}.{stream}"
-
-    def log_bytes(self, identifier: str) -> int:
-        """Return how long the logs of a job are together."""
-        return sum(file_size(self.log_file(identifier, stream)) for stream in ("out", "err"))
-
-    def delete_logs(self, identifier: str) -> None:
-        """Delete the logs of a job, if there are any."""
-        for stream in ("out", "err"):
-            remove_tree(self.log_file(identifier, stream))
+    def log_files(self, identifier: str) -> list[Path]:
+        """Return the logs of a job, its stdout and its stderr, which may not exist."""
+        return [self.logs / f"{identifier}.{stream}" for stream in ("out", "err")]
 
     def append(self, records: Sequence[Record]) -> bool:
         """Save a change; False when the file must be written anew. Raise OSError."""
@@ -902,9 +882,6 @@ ARCHIVE_BYTES = 1024 * MIB  # as it comes out
 CODE_STAMP_NS = 1_600_000_000 * 10**9
 CODE_SUFFIXES = (".py", ".pyc")
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EMFILE)
-ENVIRONMENT_SECONDS = 0.005  # a process in the middle of exec shows no environment for less
-STUBBORN_SECONDS = 5.0  # after SIGKILL, until a process that still runs is given up
-LEFT_SECONDS = 0.02  # between looks at whether what a crawl left behind has ended
 SECRETS = ("NOTIFY_SOCKET", "WATCHDOG_", "LISTEN_", "CREDENTIALS_DIRECTORY", "SCRAPY_DO_HANDOVER")
 
 
@@ -924,27 +901,24 @@ def unpack(archive: Path, folder: Path) -> Project:
             if sum(entry.file_size for entry in entries) > ARCHIVE_BYTES:  # zipfile unpacks no more
                 raise TooLarge(f"the archive unpacks to more than {ARCHIVE_BYTES // MIB} MiB")
             for entry in entries:
-                extract(bundle, entry, folder)
+                # Some programs of Windows write backslashes.
+                name = entry.filename = entry.filename.replace("\\", "/")
+                mode = entry.external_attr >> 16
+                if stat.S_ISLNK(mode):
+                    raise BadRequest(f"the archive holds a link, {quoted(name)}: zip without"
+                                     " 'zip --symlinks'")
+                if name.startswith("/") or ".." in name.split("/") or re.match("[A-Za-z]:", name):
+                    raise BadRequest(f"the archive holds {quoted(name)}, a path out of its folder")
+                path = bundle.extract(entry, folder)
+                if mode & 0o777 and not entry.is_dir():
+                    os.chmod(path, mode & 0o777 | stat.S_IRUSR | stat.S_IWUSR)
+                if name.endswith(CODE_SUFFIXES):
+                    os.utime(path, ns=(CODE_STAMP_NS, CODE_STAMP_NS))
     except Exception as error:  # a damaged file makes zipfile raise nearly anything
         if isinstance(error, ScrapyDoError) or getattr(error, "errno", None) in DISK_ERRORS:
             raise
         raise BadRequest(explain_archive(archive, str(error).replace(f"{folder}/", ""))) from None
     return read_config(archive.stem, folder, {entry.filename for entry in entries})
-
-
-def extract(bundle: Any, entry: Any, folder: Path) -> None:
-    """Write a zip entry below a folder, with its mode."""
-    name = entry.filename = entry.filename.replace("\\", "/")  # some programs of Windows use it
-    mode = entry.external_attr >> 16
-    if stat.S_ISLNK(mode):
-        raise BadRequest(f"the archive holds a link, {quoted(name)}: zip without 'zip --symlinks'")
-    if name.startswith("/") or ".." in name.split("/") or re.match("[A-Za-z]:", name):
-        raise BadRequest(f"the archive holds {quoted(name)}, a path out of its folder")
-    path = bundle.extract(entry, folder)
-    if mode & 0o777 and not entry.is_dir():
-        os.chmod(path, mode & 0o777 | stat.S_IRUSR | stat.S_IWUSR)
-    if name.endswith(CODE_SUFFIXES):
-        os.utime(path, ns=(CODE_STAMP_NS, CODE_STAMP_NS))
 
 
 def explain_archive(archive: Path, problem: str) -> str:
@@ -960,7 +934,10 @@ def explain_archive(archive: Path, problem: str) -> str:
 
 
 def read_config(push: str, folder: Path, names: Collection[str]) -> Project:
-    """Read the one `scrapy.cfg` of an unpacked archive; the spiders are not known yet."""
+    """Read the one `scrapy.cfg` of an unpacked archive; the spiders are not known yet.
+
+    The project's name is in [deploy], or in the sections [deploy:TARGET] if these agree.
+    """
     import configparser
 
     found = sorted(name for name in names if os.path.basename(name) == "scrapy.cfg")
@@ -972,27 +949,21 @@ def read_config(push: str, folder: Path, names: Collection[str]) -> Project:
         config.read_string((folder / found[0]).read_text(encoding="utf-8-sig"))
     except (configparser.Error, UnicodeDecodeError) as error:
         raise BadRequest(f"scrapy.cfg cannot be read: {error!s:.500}") from None
-    name = deploy_name(config)
-    default = config.get("settings", "default", fallback="")
-    settings = config.get("settings", name, fallback=default)
-    return Project(name, push, os.path.dirname(found[0]), settings.strip(), ())
-
-
-def deploy_name(config: Any) -> str:
-    """Return the project's name by [deploy], or by the sections [deploy:TARGET] if they agree."""
     targets = [section for section in config.sections() if section.startswith("deploy:")]
-    found = [config.get(each, "project", fallback="").strip() for each in ("deploy", *targets)]
-    names: set[str] = {found[0]} if found[0] else {*found} - {""}
-    if len(names) != 1:
-        listed = " and ".join(sorted(map(quoted, names))) or "no project"
+    named = [config.get(each, "project", fallback="").strip() for each in ("deploy", *targets)]
+    projects = {*named[:1]} - {""} or {*named} - {""}
+    if len(projects) != 1:
+        listed = " and ".join(sorted(map(quoted, projects))) or "no project"
         raise BadRequest(f"scrapy.cfg names {listed}; add [deploy] with 'project = NAME'")
-    [name] = names
+    [name] = projects
     if not NAME_PATTERN.fullmatch(name):
         raise BadRequest(
             f"the project cannot be called {quoted(name)}: use letters, digits, '_', '-' and '.',"
             " at most 100, the first not '.' or '-'"
         )
-    return name
+    default = config.get("settings", "default", fallback="")
+    settings = config.get("settings", name, fallback=default).strip()
+    return Project(name, push, os.path.dirname(found[0]), settings, ())
 
 
 def copy_tree(source: str, target: str) -> bool:
@@ -1066,8 +1037,16 @@ class Crawl:
                     cwd=folder, env=environment, stdin=subprocess.DEVNULL, stdout=out, stderr=err,
                     start_new_session=True,
                 )  # fmt: skip
+        except (FileNotFoundError, PermissionError, NotADirectoryError) as error:
+            home, is_program, _ = command[0].rpartition("/bin/")
+            how = f"python3 -m venv {home} && {home}/bin/python -m pip install scrapy; "
+            raise BadRequest(
+                f"'{command[0]}' cannot be started: {error.strerror}; {how if is_program else ''}"
+                "install Scrapy, or say where it is by --scrapy"
+            ) from None
         except (OSError, ValueError) as error:
-            raise explain_start(command[0], error) from None
+            problem = getattr(error, "strerror", None) or error
+            raise StorageError(f"'{command[0]}' cannot be started: {problem}") from None
         process.returncode = 0  # so that Popen leaves it to `reap`
         self.pid, self.began = process.pid, time.monotonic()
 
@@ -1093,17 +1072,6 @@ class Crawl:
     def reap(self) -> int:
         """Return the exit code of the command, -N for signal N."""
         return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
-
-
-def explain_start(command: str, error: Exception) -> ScrapyDoError:
-    """Return why a command was not started, and what to do."""
-    problem = f"'{command}' cannot be started: {getattr(error, 'strerror', None) or error}"
-    if not isinstance(error, (FileNotFoundError, PermissionError, NotADirectoryError)):
-        return StorageError(problem)
-    home, is_program, _ = command.rpartition("/bin/")
-    if is_program:
-        problem += f"; python3 -m venv {home} && {home}/bin/python -m pip install scrapy"
-    return BadRequest(f"{problem}; install Scrapy, or say where it is by --scrapy")
 
 
 def outer_environment() -> dict[str, str]:
@@ -1135,19 +1103,15 @@ def read_report(path: Path, output: str, work: Path) -> dict[str, Any]:
     """
     report = read_stats(path) or {"spiders": output.splitlines(), "warnings": []}
     spiders = sorted({name.strip() for name in report["spiders"]} - {""})
-    warnings = [brief(text, work) for text in report["warnings"]]
+    noise = r"(?m)^Traceback .*\n(?: .*\n)*|See above traceback for details\."
+    texts = [re.sub(noise, "", text).replace(f"{work}/", "") for text in report["warnings"]]
+    warnings = [" ".join(text.split())[:500] for text in texts]
     if not spiders:
         why = warnings[0] if warnings else "check SPIDER_MODULES in its settings"
         raise BadRequest(f"the project has no spiders; {why}")
     if bad := [name for name in spiders if name.startswith("-") or not name.isprintable()]:
         raise BadRequest(f"Scrapy cannot run a spider called {quoted(bad[0])}; rename it")
     return {"spiders": spiders, "warnings": warnings}
-
-
-def brief(warning: str, work: Path) -> str:
-    """Return a warning as a line, without tracebacks and the private folder of `scrapy list`."""
-    noise = r"(?m)^Traceback .*\n(?: .*\n)*|See above traceback for details\."
-    return " ".join(re.sub(noise, "", warning).replace(f"{work}/", "").split())[:500]
 
 
 def explain_list_error(command: Sequence[str], errors: str, work: Path) -> str:
@@ -1192,12 +1156,12 @@ def end_processes(find: Callable[[], list[psutil.Process]], kill_at: float) -> b
         except OSError as error:
             if error.errno not in (errno.EMFILE, errno.ENFILE):
                 raise
-            time.sleep(SPARE_SECONDS)
+            time.sleep(0.05)
             continue
         if not rest:
             return is_late
         is_late = time.monotonic() >= kill_at
-        if time.monotonic() >= kill_at + STUBBORN_SECONDS:  # of another user, say by sudo
+        if time.monotonic() >= kill_at + 5.0:  # they are of another user, say by sudo
             log(f"these processes cannot be killed: {rest}")
             return is_late
         for process in rest:
@@ -1205,7 +1169,7 @@ def end_processes(find: Callable[[], list[psutil.Process]], kill_at: float) -> b
                 asked.add(process.pid)
                 with contextlib.suppress(psutil.Error):
                     process.send_signal(signal.SIGKILL if is_late else signal.SIGTERM)
-        psutil.wait_procs(rest, LEFT_SECONDS)
+        psutil.wait_procs(rest, 0.02)
 
 
 def child_pids(pid: int) -> list[int]:
@@ -1219,15 +1183,14 @@ def child_pids(pid: int) -> list[int]:
     return found
 
 
-def read_environment(pid: int) -> list[bytes]:
-    """Return the environment that a process was started with; [] when it is gone or hidden."""
-    with contextlib.suppress(FileNotFoundError, ProcessLookupError, PermissionError):
+def read_environment(process: psutil.Process) -> dict[str, str]:
+    """Return the environment that a process was started with; {} when it is gone or hidden."""
+    with contextlib.suppress(psutil.Error):
         for _ in range(2):
-            with open(f"/proc/{pid}/environ", "rb", buffering=0) as file:
-                if environment := file.readall():
-                    return environment.split(b"\0")
-            time.sleep(ENVIRONMENT_SECONDS)
-    return []
+            if environment := process.environ():
+                return environment
+            time.sleep(0.005)  # in the middle of exec a process shows none for a moment
+    return {}
 
 
 def find_family(leader: int, identifier: str) -> list[psutil.Process]:
@@ -1235,13 +1198,13 @@ def find_family(leader: int, identifier: str) -> list[psutil.Process]:
 
     They are below this process, so nobody else's are looked at.
     """
-    mark = f"SCRAPY_JOB={identifier}".encode()
     found = []
     todo = [(pid, False) for pid in child_pids(os.getpid())]
     for pid, is_ours in todo:  # it grows
         with contextlib.suppress(psutil.Error, ProcessLookupError):
-            process, session = psutil.Process(pid), os.getsid(pid)
-            is_ours = is_ours or session == leader or mark in read_environment(pid)
+            process = psutil.Process(pid)
+            is_ours = is_ours or os.getsid(pid) == leader
+            is_ours = is_ours or read_environment(process).get("SCRAPY_JOB") == identifier
             todo += [(child, is_ours) for child in child_pids(pid)]
             if is_ours and pid != leader and process.status() != psutil.STATUS_ZOMBIE:
                 found.append(process)
@@ -1254,13 +1217,12 @@ def find_strays(spider_data: Path, kept: Collection[str]) -> list[psutil.Process
     It is known by our folder. Threads of the kernel are in no session; they have no environment,
     however long we wait.
     """
-    folder = f"SPIDER_DATA_DIR={spider_data}".encode()
-    marks = {f"SCRAPY_JOB={identifier}".encode() for identifier in kept}
     found = []
     for process in psutil.process_iter():
         with contextlib.suppress(ProcessLookupError):
-            environment = read_environment(process.pid) if os.getsid(process.pid) else []
-            if folder in environment and marks.isdisjoint(environment):
+            environment = read_environment(process) if os.getsid(process.pid) else {}
+            is_ours = environment.get("SPIDER_DATA_DIR") == str(spider_data)
+            if is_ours and environment.get("SCRAPY_JOB") not in kept:
                 found.append(process)
     return found
 
@@ -1505,14 +1467,14 @@ class Daemon:
         size = 0
         gone = []
         for count, job in enumerate(self._select(COMPLETED)):
-            size += self.store.log_bytes(job.identifier) if most else 0
+            size += sum(map(file_size, self.store.log_files(job.identifier))) if most else 0
             is_long = size > most and count > 0  # the newest job stays
             if is_long or count >= settings.completed_cap or job.timestamp < oldest:
                 gone.append(Gone(job.identifier))
         with contextlib.suppress(StorageError):
             self.save(*gone)
-            for record in gone:
-                self.store.delete_logs(record.identifier)
+            for path in itertools.chain(*(self.store.log_files(each.identifier) for each in gone)):
+                remove_tree(path)
 
     # Projects
 
@@ -1553,7 +1515,7 @@ class Daemon:
 
     def _discard(self, project: Project) -> None:
         with self._code_lock:
-            remove_tree(self.store.archive(project))
+            remove_tree(self.store.tree(project).with_suffix(".zip"))
             remove_tree(self.store.tree(project))
 
     def remove(self, name: str) -> dict[str, Any]:
@@ -1775,7 +1737,7 @@ class Daemon:
                 "a schedule has no log, its runs have;"
                 f" list-jobs.json?status=COMPLETED&scheduled_by={identifier} lists them"
             )
-        return self.store.log_file(identifier, stream)
+        return self.store.logs / f"{identifier}.{stream}"
 
     def is_logging(self, identifier: str) -> bool:
         """Tell whether a job runs or waits to."""
@@ -1949,7 +1911,7 @@ class Daemon:
             project = self._copy_code(job.project, work)
             environment = self._environment(job.identifier, project, job)
             command = self._command(project, *crawl_arguments(job))
-            logs = [self.store.log_file(job.identifier, stream) for stream in ("out", "err")]
+            logs = self.store.log_files(job.identifier)
             with self.lock:
                 if self.jobs.get(job.identifier) is job and not self.is_closing:
                     crawl.start(command, work / project.folder, environment, logs)
@@ -1976,7 +1938,7 @@ class Daemon:
                 if tree.exists() and copy_tree(str(tree), str(work)):
                     return project
                 remove_tree(work)
-                unpack(self.store.archive(project), fresh)
+                unpack(tree.with_suffix(".zip"), fresh)
                 keep_bytecode(tree, fresh, is_stamped=True)
                 remove_tree(tree)
                 fresh.rename(tree)
