@@ -1230,13 +1230,9 @@ def find_strays(spider_data: Path, kept: Collection[str]) -> list[psutil.Process
 # ---- 6. Daemon -------------------------------------------------------------------------------
 
 RETRY_SECONDS = 2.0  # between attempts to save what the disk did not take
-LOOK_SECONDS = 60.0  # a wait does not notice that the system clock was set
-DUE_COUNT = 500  # schedules that fire in one change, so that requests are served in between
-STALE_COUNT = 1000  # entries of a heap that may be out of date before it is made anew
 ARGUMENT_BYTES = 100 * 1024  # payload, args and settings together; Linux takes 128 KiB for one
 NOTICE_SECONDS = 60.0  # that the command of --on-finish may take
 BY_USER = "canceled by the user"
-KILLED = "; it had to be killed, so its feeds may be cut off; see --kill-after"
 
 
 class Settings(NamedTuple):
@@ -1327,10 +1323,9 @@ class Daemon:
     # Start and stop
 
     def start(self, is_reloaded: bool = False) -> None:
-        """Load the state, take over or end what runs, and go to work.
+        """Load the state, take over or end what runs, and go to work. Raise StorageError.
 
-        `is_reloaded` says that crawls of a former program in this process are our children. Raise
-        StorageError for a state that cannot be read.
+        `is_reloaded` says that crawls of a former program in this process are our children.
         """
         projects, jobs = self.store.load()
         children = child_pids(os.getpid()) if is_reloaded else []
@@ -1351,7 +1346,7 @@ class Daemon:
                 log(describe(job))
             self.save(*changed, is_fact=True)
             for job in adopted.values():
-                self._adopt(job)
+                self._set_deadline(job, self._start_thread(job))
             self.dispatch()
         threading.Thread(target=self._run_timer, name="timer", daemon=True).start()
         if self.settings.on_finish:
@@ -1376,44 +1371,31 @@ class Daemon:
             return self._finish(job, Status.FAILED, str(error))
         return None
 
-    def _adopt(self, job: Job) -> None:
-        crawl = self._start_thread(job)
-        crawl.began -= max(0.0, time.time() - (job.started or 0.0))
-        self._set_deadline(job, crawl)
-
-    def _start_thread(self, job: Job) -> Crawl:
-        crawl, name = Crawl(job.identifier, job, job.pid or 0), f"crawl-{job.identifier}"
-        threading.Thread(target=self._run, args=(job, crawl), name=name, daemon=True).start()
-        self._crawls[job.identifier] = crawl
-        return crawl
-
     def close(self) -> None:
         """End all crawls, whose jobs become PENDING again, save the state, and end all threads."""
         with self.lock:
             self.is_closing = True
             self._end(self._select([Status.RUNNING]), "stop")
-            for identifier, crawl in self._crawls.items():
-                if identifier not in self.jobs:
-                    crawl.kill()
-        self._wake.set()
+        self._wake.set()  # the timer kills each `scrapy list`
         for thread in threading.enumerate():
             if thread.name.startswith(("crawl-", "timer")):
                 thread.join()
         with self.lock, contextlib.suppress(OSError):
-            self.store.rewrite(self._records())
+            self.store.rewrite([*self.projects.values(), *self.jobs.values()])
 
     # Changes
 
     def save(self, *records: Record, is_fact: bool = False) -> None:
         """Put records on the disk, then where readers see them. `lock` is held.
 
-        A fact has happened already: what the disk does not take is written when it does. Raise
-        StorageError for anything else, and then nothing has changed.
+        A fact has happened already: what the disk does not take is written when it does. For all
+        else raise StorageError, and nothing has changed.
         """
         was_behind = self.store.is_behind
         try:
             while (records or was_behind) and not self.store.append(records):
-                self.store.rewrite(self._records())  # without the change, which may be refused yet
+                # Without the change, which may be refused yet.
+                self.store.rewrite([*self.projects.values(), *self.jobs.values()])
         except OSError as error:
             self.store.is_behind = True  # a write without its fsync may still reach the disk
             message = f"{self.store.state_file} cannot be written: {error.strerror}"
@@ -1428,20 +1410,17 @@ class Daemon:
             if self._apply(record):
                 log(describe(record))
 
-    def _records(self) -> list[Record]:
-        return [*self.projects.values(), *self.jobs.values()]
-
     def _apply(self, record: Record) -> TypeGuard[Job]:
         """Put a record where readers see it, and a job where the timer or a slot finds it.
 
         Return whether it is a job that has another status now.
         """
-        job = record if isinstance(record, Job) else None
-        former = None if isinstance(record, Project) else self.jobs.get(record.identifier)
+        former = self.jobs.get(record.identifier) if isinstance(record, Job) else None
         apply_record(record, self.projects, self.jobs)
-        if job is None:
+        if not isinstance(record, Job):
             return False
-        if job.due is not None and (former is None or former.due != job.due):
+        job = record
+        if job.due is not None:
             heapq.heappush(self._due, (job.due, job.identifier))
             if self._due[0][1] == job.identifier:
                 self._wake.set()
@@ -1451,12 +1430,10 @@ class Daemon:
             self._waiting.put(job)
         elif job.status is Status.RUNNING:
             self._counts["jobs-run"] += 1
-        elif job.status in COMPLETED:
-            self._wake.set()  # finished jobs may be too many now
-            if former is not None and former.status is Status.RUNNING:
-                self._counts[f"jobs-{job.status.value.lower()}"] += 1
-            if job.notice and self.settings.on_finish:
-                self._notices.put(job)
+        elif former is not None and former.status is Status.RUNNING:
+            self._counts[f"jobs-{job.status.value.lower()}"] += 1
+        if job.notice:
+            self._notices.put(job)
         return True
 
     def _retire(self) -> None:
@@ -1487,36 +1464,34 @@ class Daemon:
 
         Return its name, its spiders, and what Scrapy warned of. The file is kept or deleted.
         """
-        tree = archive.with_suffix("")
         try:
-            project = unpack(archive, tree)
+            project = unpack(archive, archive.with_suffix(""))
             found = self._list(project)
             project = project._replace(spiders=tuple(found["spiders"]))
             sync(archive)
             with self.lock:
                 active = self._select(ACTIVE, project.name)
-                if stranded := [job for job in active if job.spider not in project.spiders]:
+                if lost := [job for job in active if job.spider not in project.spiders]:
                     raise Conflict(
                         "the new code lacks spiders of active jobs; cancel them first: "
-                        + name_jobs(stranded)
+                        + name_jobs(lost)
                     )
                 former = self.projects.get(project.name)
                 self.save(project)
         except BaseException:
-            remove_tree(archive)
-            remove_tree(tree)
+            self._discard(archive.with_suffix(""))
             raise
         log(f"project {project.name} was pushed with {len(project.spiders)} spiders")
         for warning in found["warnings"]:
             log(f"project {project.name}: Scrapy warns: {warning}")
         if former is not None:
-            self._discard(former)
+            self._discard(self.store.tree(former))
         return {"name": project.name, **found}
 
-    def _discard(self, project: Project) -> None:
+    def _discard(self, tree: Path) -> None:
         with self._code_lock:
-            remove_tree(self.store.tree(project).with_suffix(".zip"))
-            remove_tree(self.store.tree(project))
+            remove_tree(tree.with_suffix(".zip"))
+            remove_tree(tree)
 
     def remove(self, name: str) -> dict[str, Any]:
         """Forget a project and its archive. Raise Conflict while it has active jobs."""
@@ -1529,15 +1504,17 @@ class Daemon:
                 )
             self.save(Gone("", name))
         log(f"project {name} was removed")
-        self._discard(project)
+        self._discard(self.store.tree(project))
         return {}
 
     def find_project(self, name: str) -> Project:
         """Return a project. Raise NotFound when there is none of that name."""
         project = self.projects.get(name)
         if project is None:
-            advice = f"{suggest(name, self.projects)}list-projects.json shows all"
-            raise NotFound(f"there is no project {quoted(name)}; {advice}")
+            raise NotFound(
+                f"there is no project {quoted(name)}; {suggest(name, self.projects)}"
+                "list-projects.json shows all"
+            )
         return project
 
     def list_projects(self) -> dict[str, Any]:
@@ -1553,17 +1530,16 @@ class Daemon:
 
         Raise BadRequest with the reason when that fails. What was compiled is kept in the tree.
         """
-        listing = Crawl(new_identifier())
-        work, report = self._private_paths(listing.identifier)
-        folder, tree = work / project.folder, self.store.tree(project)
-        logs = [report.with_suffix(f".{stream}") for stream in ("out", "err")]
-        command = self._command(project, "list", "-s", "LOG_FILE=", "-s", "LOG_STDOUT=0")
-        environment = self._environment(listing.identifier, project)
+        listing, tree = Crawl(new_identifier()), self.store.tree(project)
+        work, limit = self.store.work / listing.identifier, self.settings.list_timeout
+        report, folder = work.with_suffix(".json"), work / project.folder
+        logs = [work.with_suffix(suffix) for suffix in (".out", ".err")]
+        words = ("list", "-s", "LOG_FILE=", "-s", "LOG_STDOUT=0")
         try:
             copy_tree(str(tree), str(work))
             with self.lock:
-                listing.start(command, folder, environment, logs)
-                listing.deadline = listing.began + self.settings.list_timeout
+                command = self._start_scrapy(listing, project, words, logs)
+                listing.deadline = listing.began + limit
                 self._crawls[listing.identifier] = listing
                 self._wake.set()
             listing.wait()
@@ -1576,19 +1552,15 @@ class Daemon:
             if self.is_closing:
                 raise Unavailable("the daemon is stopping; push again when it has been started")
             if is_late:
-                raise BadRequest(
-                    f"'scrapy list' did not end within {self.settings.list_timeout:g} s; see"
-                    " --list-timeout"
-                )
+                raise BadRequest(f"'scrapy list' did not end within {limit:g} s (--list-timeout)")
             output, errors = (path.read_text("utf-8", "replace") for path in logs)
             if exit_code != 0:
                 raise BadRequest(explain_list_error(command, errors or output, folder))
-            found = read_report(report, output, folder)
             keep_bytecode(work, tree)
+            return read_report(report, output, folder)
         finally:
             for path in (work, report, *logs):
                 remove_tree(path)
-        return found
 
     # Jobs
 
@@ -1602,9 +1574,8 @@ class Daemon:
         `payload` is the text of a JSON object, `arg` and `setting` hold NAME=VALUE, `timeout` is
         the text of a number of seconds; None leaves it to --job-timeout.
         """
-        recurrence = parse_spec(when)
+        recurrence, now = parse_spec(when), time.time()
         check_arguments(description, payload, arg, setting)
-        now = time.time()
         if recurrence is not None and now < SANE_INSTANT:
             raise Unavailable(f"the system clock shows {local_time(now)}; set it, and ask again")
         job = Job(
@@ -1615,10 +1586,13 @@ class Daemon:
             items=bool(checked("items", parse_whole, items, 0, 1)),
         )  # fmt: skip
         with self.lock:
-            spiders = self._find_spiders(project, spider)
-            jobs = [job._replace(identifier=new_identifier(), spider=name) for name in spiders]
-            if recurrence is not None:
-                jobs = [job._replace(due=job.recurrence().next_after(now)) for job in jobs]
+            jobs = [
+                job._replace(
+                    identifier=new_identifier(), spider=name,
+                    due=None if recurrence is None else recurrence.anchored(now).next_after(now),
+                )
+                for name in self._find_spiders(project, spider)
+            ]  # fmt: skip
             self.save(*jobs)
             self.dispatch()
         identifiers = [job.identifier for job in jobs]
@@ -1627,15 +1601,12 @@ class Daemon:
 
     def _find_spiders(self, project: str, names: Sequence[str]) -> list[str]:
         known = self.find_project(project).spiders
-        if "*" in names:
-            return list(known)
-        wrong = [name for name in names if name not in known]
-        if wrong:
+        if wrong := [name for name in names if name not in known and name != "*"]:
             raise NotFound(
                 f"there is no spider {quoted(wrong[0])}; {suggest(wrong[0], known)}"
                 f"list-spiders.json?project={project} shows the {len(known)} there are"
             )
-        return list(dict.fromkeys(names))
+        return list(known if "*" in names else dict.fromkeys(names))
 
     def find_job(self, identifier: str) -> Job:
         """Return a job. Raise NotFound when there is none of that identifier."""
@@ -1666,7 +1637,7 @@ class Daemon:
 
         Raise BadRequest for another question, and NotFound when there is no such job.
         """
-        others = (status, project, spider, scheduled_by, limit)
+        others = (project, spider, scheduled_by, limit)
         if (id is None) is (status is None) or (id is not None and any(others)):
             raise BadRequest("this needs either id or status, as in list-jobs.json?status=ACTIVE")
         if id is not None:
@@ -1695,7 +1666,12 @@ class Daemon:
             if project is not None:
                 self.find_project(project)
             jobs = self._select(ACTIVE, project, spider) if id is None else [self.find_job(id)]
-            crawls = self._cancel([job for job in jobs if job.status in ACTIVE])
+            running = [job for job in jobs if job.status is Status.RUNNING]
+            waiting = [job for job in jobs if job.status in (Status.SCHEDULED, Status.PENDING)]
+            self.save(*(self._finish(job, Status.CANCELED, BY_USER) for job in waiting))
+            self._end(running, "cancel")
+            self._wake.set()  # finished jobs may be too many now
+            crawls = [self._crawls[job.identifier] for job in running]
         for crawl in crawls:
             crawl.is_over.wait()
         if id is None:
@@ -1705,30 +1681,24 @@ class Daemon:
             raise Conflict(f"job {id} has ended already, it is {job.status.value}")
         return {}
 
-    def _cancel(self, jobs: Sequence[Job]) -> list[Crawl]:
-        """Cancel active jobs, and return the crawls that are asked to end. `lock` is held."""
-        running = [job for job in jobs if job.status is Status.RUNNING]
-        waiting = [job for job in jobs if job.status is not Status.RUNNING]
-        self.save(*(self._finish(job, Status.CANCELED, BY_USER) for job in waiting))
-        self._end(running, "cancel")
-        return [self._crawls[job.identifier] for job in running]
-
     def _end(self, jobs: Sequence[Job], why: str) -> None:
         """Note why running crawls are to end, and send each SIGTERM, once. `lock` is held.
 
         A second SIGTERM would tell Scrapy to drop its feeds. A crawl that has just ended by itself
         is left alone. A full disk does not keep a crawl going.
         """
-        jobs = [job for job in jobs if not self._crawls[job.identifier].wait(os.WNOHANG)]
-        noted = [job for job in jobs if not job.ending or why == "cancel"]
         now = time.time()
-        changes = [j._replace(ending=why, ending_since=j.ending_since or now) for j in noted]
+        jobs = [job for job in jobs if not self._crawls[job.identifier].wait(os.WNOHANG)]
+        changes = [
+            job._replace(ending=why, ending_since=job.ending_since or now)
+            for job in jobs
+            if not job.ending or why == "cancel"
+        ]
         self.save(*changes, is_fact=True)
         for job in jobs:
             if not job.ending:
-                crawl = self._crawls[job.identifier]
-                os.kill(crawl.pid, signal.SIGTERM)
-                self._set_deadline(self.jobs[job.identifier], crawl)
+                os.kill(self._crawls[job.identifier].pid, signal.SIGTERM)
+                self._set_deadline(self.jobs[job.identifier], self._crawls[job.identifier])
 
     def log_path(self, identifier: str, stream: str) -> Path:
         """Return the file with the output of a job, which may not exist yet."""
@@ -1757,7 +1727,7 @@ class Daemon:
             "time": local_time(time.time()),
             "timezone": "; ".join(time.tzname),
             "hostname": socket.gethostname(),
-            "uptime": describe_seconds(now - self._began),
+            "uptime": describe_seconds(int(now - self._began)),
             **{name: self._counts[name] for name in counted},
             **{f"jobs-{status.value.lower()}": statuses[status] for status in ACTIVE},
             "projects": len(projects),
@@ -1780,64 +1750,55 @@ class Daemon:
 
     def _tick(self, now: float) -> float:
         """Do what is due, and return after how many seconds to look again. `lock` is held."""
-        deadline = self._expire()
+        self._expire()
         if not self.is_closing:
-            self._notice_clock(now)
-            if now >= SANE_INSTANT:
-                self._fire(now)
-            self.save(is_fact=True)  # of what the disk did not take, if anything
+            lead, self._lead = self._lead, now - time.monotonic()
+            if lead - self._lead > 1.0:
+                log("the system clock was set back; due times that are too far away are set again")
+                fixed = filter(None, map(self._recover, self._select([Status.SCHEDULED])))
+                self.save(*fixed, is_fact=True)
+            self.save(*self._fire(now), is_fact=True)  # and what the disk did not take before
             self._retire()
             self._reap_orphans()
             self.dispatch()
-        seconds = min(deadline, RETRY_SECONDS if self.store.is_behind else LOOK_SECONDS)
-        if self._due and now >= SANE_INSTANT:
-            seconds = min(seconds, self._due[0][0] - now)
-        return max(0.0, seconds)
+        # A wait does not notice that the system clock was set: look once a minute.
+        seconds = [RETRY_SECONDS if self.store.is_behind else 60.0]
+        seconds += [crawl.deadline - time.monotonic() for crawl in self._crawls.values()]
+        seconds += [due - now for due, _ in self._due[:1] if not self.is_closing]
+        return max(0.0, min(seconds))
 
-    def _expire(self) -> float:
-        """End crawls whose time is over, and return the seconds until the next one's is.
-
-        A crawl is asked to end by its timeout, and killed when it had been asked, like a listing.
-        """
+    def _expire(self) -> None:
+        """Ask each crawl to end whose timeout is over; kill those asked before, and listings."""
         for identifier, crawl in self._crawls.items():
-            if crawl.deadline <= time.monotonic():
+            is_unwanted = self.is_closing and crawl.job is None
+            if is_unwanted or crawl.deadline <= time.monotonic():
                 crawl.deadline = float("inf")
                 job = self.jobs.get(identifier)
                 if job is not None and not job.ending:
                     self._end([job], "timeout")
                 else:
                     crawl.kill()
-        deadlines = (crawl.deadline for crawl in self._crawls.values())
-        return min(deadlines, default=float("inf")) - time.monotonic()
 
     def _set_deadline(self, job: Job, crawl: Crawl) -> None:
-        timeout = job.timeout or self.settings.job_timeout
         if job.ending:
             waited = max(0.0, time.time() - (job.ending_since or 0.0))
             crawl.deadline = time.monotonic() + self.settings.kill_after - waited
-        elif timeout:
+        elif timeout := job.timeout or self.settings.job_timeout:
             crawl.deadline = crawl.began + timeout
         self._wake.set()
 
-    def _notice_clock(self, now: float) -> None:
-        lead, self._lead = self._lead, now - time.monotonic()
-        if lead - self._lead > 1.0:
-            log("the system clock was set back; due times that are too far away are set again")
-            self.save(*filter(None, map(self._recover, self._select([Status.SCHEDULED]))))
+    def _fire(self, now: float) -> list[Job]:
+        """Return the schedules that are due, with their next due time, and their runs.
 
-    def _fire(self, now: float) -> None:
-        """Make the runs of schedules that are due, though not too many at once."""
-        if len(self._due) > STALE_COUNT + 2 * len(self.jobs):
-            scheduled = self._select([Status.SCHEDULED])
-            self._due = [(job.due, job.identifier) for job in scheduled if job.due is not None]
-            heapq.heapify(self._due)
-        records: list[Record] = []
-        while self._due and self._due[0][0] <= now and len(records) < DUE_COUNT:
+        They are at most some hundreds in a change, so that requests are served in between.
+        """
+        jobs: list[Job] = []
+        while self._due and self._due[0][0] <= now and len(jobs) < 500:
             due, identifier = heapq.heappop(self._due)
             job = self.jobs.get(identifier)
-            if job is not None and job.due == due:
-                records += self._make_run(job, due, now)
-        self.save(*records, is_fact=True)
+            if job is not None and job.due == due:  # else it was canceled, or the clock set
+                jobs += self._make_run(job, due, now)
+        return jobs
 
     def _make_run(self, job: Job, due: float, now: float) -> list[Job]:
         """Return a schedule with its next due time, and its run, unless a run waits already."""
@@ -1868,10 +1829,9 @@ class Daemon:
 
     def dispatch(self) -> None:
         """Start the crawls for which there are slots. `lock` is held."""
-        while not self.is_closing:
-            job = self._waiting.pop([crawl.job for crawl in self._crawls.values() if crawl.job])
-            if job is None:
-                return
+        if self.is_closing:
+            return
+        while job := self._waiting.pop([crawl.job for crawl in self._crawls.values() if crawl.job]):
             if self.jobs.get(job.identifier) is job:  # else it was canceled while it waited
                 try:
                     self._start_thread(job)
@@ -1880,41 +1840,45 @@ class Daemon:
                     self._waiting.put(job)
                     return
 
+    def _start_thread(self, job: Job) -> Crawl:
+        crawl, name = Crawl(job.identifier, job, job.pid or 0), f"crawl-{job.identifier}"
+        if job.started is not None:  # by a former program in this process
+            crawl.began -= max(0.0, time.time() - job.started)
+        threading.Thread(target=self._run, args=(job, crawl), name=name, daemon=True).start()
+        self._crawls[job.identifier] = crawl
+        return crawl
+
     def _run(self, job: Job, crawl: Crawl) -> None:
         """See to a crawl, from its start unless it was adopted, to its end."""
-        problem = "" if crawl.pid else self._launch(job, crawl)
+        work = self.store.work / job.identifier
+        problem = "" if crawl.pid else self._launch(job, crawl, work)
         if crawl.pid:
             crawl.wait()
             try:
                 crawl.end_rest(self.settings.kill_after)
             except Exception:  # whatever it is, the slot comes free
                 log_crash(f"the end of job {job.identifier}")
-        work, report = self._private_paths(job.identifier)
         with self.lock:
-            self._save_end(job, crawl, read_stats(report), problem)
+            self._save_end(job, crawl, problem)
             del self._crawls[job.identifier]
             self.dispatch()
             self._wake.set()  # finished jobs may be too many, and a stop waits for the last crawl
         crawl.is_over.set()
-        if crawl.pid:
-            self._warn_of_results(job, work)
+        self._warn_of_results(job, work)
         remove_tree(work)
-        remove_tree(report)
+        remove_tree(work.with_suffix(".json"))
 
-    def _launch(self, job: Job, crawl: Crawl) -> str:
+    def _launch(self, job: Job, crawl: Crawl, work: Path) -> str:
         """Start a crawl in a working copy, unless its job was canceled meanwhile.
 
         Return why that failed, "" if it did not.
         """
         try:
-            work, _ = self._private_paths(job.identifier)
             project = self._copy_code(job.project, work)
-            environment = self._environment(job.identifier, project, job)
-            command = self._command(project, *crawl_arguments(job))
             logs = self.store.log_files(job.identifier)
             with self.lock:
                 if self.jobs.get(job.identifier) is job and not self.is_closing:
-                    crawl.start(command, work / project.folder, environment, logs)
+                    self._start_scrapy(crawl, project, crawl_arguments(job), logs)
                     now = time.time()
                     running = job._replace(status=Status.RUNNING, timestamp=now, started=now)
                     self.save(running._replace(pid=crawl.pid), is_fact=True)
@@ -1925,6 +1889,33 @@ class Daemon:
             log_crash(f"the start of job {job.identifier}")
             return f"the crawl could not be started: {error!r:.200}"
         return ""
+
+    def _start_scrapy(
+        self, crawl: Crawl, project: Project, words: Sequence[str], logs: Sequence[Path]
+    ) -> list[str]:
+        """Start Scrapy in a working copy, and return the command. `lock` is held.
+
+        Scrapy takes SCRAPY_PROJECT for the name of an option in [settings] of scrapy.cfg, where
+        most projects have none but `default`; so the settings module is named outright.
+        """
+        job, work, environment = crawl.job, self.store.work / crawl.identifier, outer_environment()
+        folder = work / project.folder
+        path = [str(self.store.shim), str(folder), environment.get("PYTHONPATH", "")]
+        order = {
+            "command": words[0], "settings": project.settings,
+            "report": str(work.with_suffix(".json")), "items": job is not None and job.items,
+        }  # fmt: skip
+        environment.update(
+            SPIDER_DATA_DIR=str(self.store.spider_data), PYTHONIOENCODING="utf-8",
+            PYTHONPATH=os.pathsep.join(filter(None, path)), SCRAPY_JOB=crawl.identifier,
+            SCRAPY_PROJECT=project.name, SCRAPY_SPIDER=job.spider if job else "",
+            SCRAPY_SETTINGS_MODULE=SHIM_MODULE, SCRAPY_DO=encode_json(order),
+        )  # fmt: skip
+        if not project.settings:
+            del environment["SCRAPY_SETTINGS_MODULE"]
+        command = [word.replace("{project}", project.name) for word in self.settings.scrapy]
+        crawl.start([*command, *words], folder, environment, logs)
+        return command
 
     def _copy_code(self, name: str, work: Path) -> Project:
         """Make a working copy of a project's code, and return the project.
@@ -1943,19 +1934,16 @@ class Daemon:
                 remove_tree(tree)
                 fresh.rename(tree)
                 copy_tree(str(tree), str(work))
-            except OSError as error:
-                raise StorageError(f"the code cannot be copied for the crawl: {error}") from None
             finally:
                 remove_tree(fresh)
             return project
 
-    def _save_end(
-        self, job: Job, crawl: Crawl, stats: dict[str, Any] | None, problem: str
-    ) -> None:
+    def _save_end(self, job: Job, crawl: Crawl, problem: str) -> None:
         """Reap a crawl and save how it ended, or why it was not started. `lock` is held."""
         exit_code = crawl.reap() if crawl.pid else None
         job = self.jobs.get(job.identifier, job)
         if job.status is Status.RUNNING:
+            stats = read_stats(self.store.work / f"{job.identifier}.json")
             duration = int(time.monotonic() - crawl.began)
             job = job._replace(duration=duration, exit_code=exit_code, stats=stats)
             self.save(self._ended(job, exit_code, crawl.was_killed), is_fact=True)
@@ -1965,18 +1953,18 @@ class Daemon:
     def _warn_of_results(self, job: Job, work: Path) -> None:
         with contextlib.suppress(OSError, ScrapyDoError):
             project = self.find_project(job.project)
-            known = os.listdir(self.store.tree(project) / project.folder)
-            new = set(os.listdir(work / project.folder)) - {*known, "__pycache__"}
-            if new:
-                names = ", ".join(sorted(map(quoted, new))[:5])
+            known = {*os.listdir(self.store.tree(project) / project.folder), "__pycache__"}
+            if new := sorted({*os.listdir(work / project.folder)} - known):
                 log(
-                    f"job {job.identifier} left {names} in its working copy, now deleted; write to"
-                    " $SPIDER_DATA_DIR instead, see 'Where results go' in the README"
+                    f"job {job.identifier} left {', '.join(map(quoted, new[:5]))} in its working"
+                    " copy, now deleted; write to $SPIDER_DATA_DIR instead, see 'Where results go'"
+                    " in the README"
                 )
 
     def _ended(self, job: Job, exit_code: int | None, was_killed: bool) -> Job:
         """Return a RUNNING job as it is after its end; an exit code of None stands for a crash."""
-        killed = KILLED if was_killed else ""
+        killed = "; it had to be killed, so its feeds may be cut off; see --kill-after"
+        killed = killed if was_killed else ""
         if job.ending == "cancel":
             return self._finish(job, Status.CANCELED, BY_USER + killed)
         if job.ending == "timeout":
@@ -1992,49 +1980,15 @@ class Daemon:
             return self._finish(job, Status.SUCCESSFUL, None)
         why = f"exit code {exit_code}; its log says why"
         if exit_code < 0:
-            name = signal.strsignal(-exit_code)
-            why = f"the crawl was ended by signal {-exit_code} ({name})"
+            why = f"the crawl was ended by signal {-exit_code} ({signal.strsignal(-exit_code)})"
         return self._finish(job, Status.FAILED, why)
 
     def _finish(self, job: Job, status: Status, reason: str | None) -> Job:
-        is_run = job.status is not Status.SCHEDULED
+        notice = bool(self.settings.on_finish) and job.status is not Status.SCHEDULED
         return job._replace(
             status=status, reason=reason, timestamp=time.time(), due=None, pid=None, ending="",
-            ending_since=None, notice=is_run and bool(self.settings.on_finish),
+            ending_since=None, notice=notice,
         )  # fmt: skip
-
-    def _command(self, project: Project, *words: str) -> list[str]:
-        scrapy = [word.replace("{project}", project.name) for word in self.settings.scrapy]
-        return [*scrapy, *words]
-
-    def _private_paths(self, identifier: str) -> tuple[Path, Path]:
-        """Return where the working copy of a crawl is, and where the shim reports."""
-        return self.store.work / identifier, self.store.work / f"{identifier}.json"
-
-    def _environment(
-        self, identifier: str, project: Project, job: Job | None = None
-    ) -> dict[str, str]:
-        """Return the environment of a crawl, or without a job of `scrapy list`.
-
-        Scrapy takes SCRAPY_PROJECT for the name of an option in [settings] of scrapy.cfg, where
-        most projects have none but `default`; so the settings module is named outright.
-        """
-        environment = outer_environment()
-        work, report = self._private_paths(identifier)
-        path = [str(self.store.shim), str(work / project.folder), environment.get("PYTHONPATH", "")]
-        order = {
-            "command": "crawl" if job else "list", "settings": project.settings,
-            "report": str(report), "items": job is not None and job.items,
-        }  # fmt: skip
-        environment.update(
-            SPIDER_DATA_DIR=str(self.store.spider_data), PYTHONIOENCODING="utf-8",
-            PYTHONPATH=os.pathsep.join(filter(None, path)), SCRAPY_JOB=identifier,
-            SCRAPY_PROJECT=project.name, SCRAPY_SPIDER=job.spider if job else "",
-            SCRAPY_SETTINGS_MODULE=SHIM_MODULE, SCRAPY_DO=encode_json(order),
-        )  # fmt: skip
-        if not project.settings:
-            del environment["SCRAPY_SETTINGS_MODULE"]
-        return environment
 
     # Commands of --on-finish
 
@@ -2048,21 +2002,17 @@ class Daemon:
                     if self.jobs.get(job.identifier) is job:  # else it has been forgotten
                         self.save(job._replace(notice=False), is_fact=True)
                     self._is_hooking = True
-                run_hook(self.settings.on_finish, job)
+                environment = outer_environment()
+                environment.update(SCRAPY_DO_JOB=job.identifier, SCRAPY_DO_STATUS=job.status.value)
+                subprocess.run(
+                    [word.encode() for word in self.settings.on_finish], env=environment,
+                    input=(job_text(job) + "\n").encode("utf-8", "backslashreplace"),
+                    stdout=subprocess.DEVNULL, timeout=NOTICE_SECONDS, start_new_session=True,
+                    check=True,
+                )  # fmt: skip
             except Exception as error:
                 log(f"--on-finish failed for job {job.identifier}: {error}")
             self._is_hooking = False
-
-
-def run_hook(command: Sequence[str], job: Job) -> None:
-    """Run the command of --on-finish for a job. Raise OSError or SubprocessError if it fails."""
-    environment = outer_environment()
-    environment.update(SCRAPY_DO_JOB=job.identifier, SCRAPY_DO_STATUS=job.status.value)
-    subprocess.run(
-        [word.encode() for word in command], env=environment, stdout=subprocess.DEVNULL,
-        input=(job_text(job) + "\n").encode("utf-8", "backslashreplace"), check=True,
-        timeout=NOTICE_SECONDS, start_new_session=True,
-    )  # fmt: skip
 
 
 def checked(name: str, parse: Callable[..., Any], text: str, *bounds: float) -> Any:
@@ -2082,17 +2032,14 @@ def check_arguments(
         raise TooLarge("description, payload, args and settings may have at most "
                        f"{ARGUMENT_BYTES} bytes together; put the data into a file")  # fmt: skip
     try:
-        value = json.loads(payload)
-    except (ValueError, RecursionError) as error:
-        raise BadRequest(f"the payload is not JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise BadRequest('the payload must be a JSON object, like {"page": 2}')
+        dict(**json.loads(payload))
+    except (TypeError, ValueError, RecursionError) as error:
+        message = f'the payload must be a JSON object, like {{"page": 2}}: {error}'
+        raise BadRequest(message) from None
     wrong = [f"arg {quoted(a)}" for a in arg if not re.fullmatch(r"[^-=\0\s][^=\0\s]*=[^\0]*", a)]
     wrong += [f"setting {quoted(s)}" for s in setting if not re.fullmatch(r"[^\W\d]\w*=[^\0]*", s)]
     if wrong:
         raise BadRequest(f"the {wrong[0]} must be NAME=VALUE, like page=2 or LOG_LEVEL=INFO")
-    if payload != "{}" and any(text.startswith("payload=") for text in arg):
-        raise BadRequest("there are a payload and an arg named payload; leave one of them out")
 
 
 def name_jobs(jobs: Sequence[Job]) -> str:
@@ -2101,11 +2048,10 @@ def name_jobs(jobs: Sequence[Job]) -> str:
     return ", ".join(shown) + (f" and {len(jobs) - 10} more" if len(jobs) > 10 else "")
 
 
-def describe_seconds(seconds: float) -> str:
+def describe_seconds(seconds: int) -> str:
     """Return a time span like `1d 12m 24s`, without the parts that are zero."""
-    minutes, second = divmod(int(seconds), 60)
-    hours, minute = divmod(minutes, 60)
-    parts = ((hours // 24, "d"), (hours % 24, "h"), (minute, "m"), (second, "s"))
+    hours, minutes = seconds // 3600, seconds // 60
+    parts = ((hours // 24, "d"), (hours % 24, "h"), (minutes % 60, "m"), (seconds % 60, "s"))
     return " ".join(f"{number}{unit}" for number, unit in parts if number) or "0s"
 
 
