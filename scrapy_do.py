@@ -37,6 +37,7 @@ from __future__ import annotations
 
 # Modules that a start does not need are imported where they are used: each costs milliseconds.
 import argparse
+import base64
 import contextlib
 import errno
 import fcntl
@@ -65,6 +66,7 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.parse
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -2064,8 +2066,6 @@ def memory_usage(tenth: int) -> float:
 # ---- 7. HTTP ---------------------------------------------------------------------------------
 
 LINE_BYTES = 8 * 1024  # the longest line of a request's head; others have this limit as well
-HEADERS_COUNT = 100
-FIELDS_COUNT = 1000  # of a form; a crawl's command has no room for more
 BODY_BYTES_PER_SECOND = 10 * 1024  # the least rate of an upload: a slow telephone's
 LINGER_SECONDS = 2.0  # for the rest of a refused body, so that the client gets to see the answer
 GRACE_SECONDS = 1.0  # in which a client that has connected may send its request undisturbed
@@ -2077,10 +2077,8 @@ NONCE_USES = 10_000  # until there is another: each use is remembered
 TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"  # RFC 9110, section 5.6.2
 REQUEST_LINE = re.compile(rb"(%s) (/[!-~\x80-\xff]*) HTTP/1\.([0-9])\r\n" % TOKEN)
 HEADER_LINE = re.compile(rb"(%s):([^\0\r\n]*)\r\n" % TOKEN)
-HOST = re.compile(r"(\[[0-9a-f:.]+\]|[^:\[\]]+)(?::[0-9]{1,5})?")
 CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;[^\0\r\n]*)?\r\n")
 PARAMETER = re.compile(r'(?<![\w*-])([\w-]+)=(?:"((?:[^"\\]|\\.)*)"|([^\s,;"]*))', re.ASCII)
-BYTE_RANGE = re.compile(r"bytes=([0-9]{0,18})-([0-9]{0,18})", re.ASCII)  # RFC 9110, section 14
 LOG_PATH = re.compile(rf"/get-log/data/({JOB_PATTERN.pattern})\.(out|err)")
 TEXT_TYPE = "text/plain; charset=utf-8"
 PAGE_HEADERS = [  # nothing from elsewhere, and no frame around it, whose owner could lead a click
@@ -2214,7 +2212,7 @@ class Guard:
 
     def _is_own(self, host: str) -> bool:
         # A foreign name may be led to our address, so that its pages can call us.
-        match = HOST.fullmatch(host)
+        match = re.fullmatch(r"(\[[0-9a-f:.]+\]|[^:\[\]]+)(?::[0-9]{1,5})?", host)
         name = match[1].removesuffix(".") if match else ""
         family = socket.AF_INET6 if name.startswith("[") else socket.AF_INET
         with contextlib.suppress(OSError):
@@ -2225,14 +2223,14 @@ class Guard:
         origin = headers.get("origin", f"https://{host}")
         scheme, _, place = origin.lower().partition("://")
         schemes = ("https",) if self._is_tls else ("https", "http")
-        if scheme not in schemes or place not in (host, *self._aliases):
+        site = headers.get("sec-fetch-site", "none")
+        is_own = scheme in schemes and place in (host, *self._aliases)
+        if not is_own or site not in ("same-origin", "none"):
             raise Forbidden(
                 f"a page of {quoted(origin)} must not change anything at {quoted(host)}; if the"
                 " page is the daemon's, a proxy must keep it ('proxy_set_header Host $http_host'"
                 f" in nginx), or start with --allow-host {place[:100] or 'NAME'}"
             )
-        if headers.get("sec-fetch-site", "none") not in ("same-origin", "none"):
-            raise Forbidden("a web page of another site must not change anything here")
 
     def _check_user(self, request: Handler, users: Mapping[str, str]) -> None:
         self._renew_nonce()
@@ -2244,13 +2242,15 @@ class Guard:
                 "a user and a password are wanted here: curl --anyauth -u NAME; Basic is taken"
                 " over TLS only", 401, self._challenges(),
             )  # fmt: skip
-        elif not is_login(rest, users):
-            raise WrongPassword("the user or the password is wrong", None, self._challenges())
+        else:
+            known = [base64.b64encode(f"{name}:{users[name]}".encode()) for name in users]
+            if not any(hmac.compare_digest(rest.strip().encode(), login) for login in known):
+                raise WrongPassword("the user or the password is wrong", None, self._challenges())
 
     def _check_digest(
         self, request: Handler, fields: Mapping[str, str], users: Mapping[str, str]
     ) -> None:
-        """Raise ScrapyDoError unless the fields of RFC 7616 show a password for this request."""
+        # See RFC 7616.
         algorithm = ALGORITHMS.get(fields.get("algorithm", "MD5").upper())
         digest = functools.partial(digest_of, algorithm or "md5")
         names = ("uri", "response", "nonce", "nc", "cnonce", "qop")
@@ -2275,7 +2275,7 @@ class Guard:
             )
 
     def _renew_nonce(self) -> None:
-        """Make another nonce at times. The one before it is still taken, older ones are not."""
+        # The one before the newest is still taken, older ones are not.
         newest, uses = list(self._nonces.items())[-1]
         if time.monotonic() - self._renewed >= NONCE_SECONDS or len(uses) >= NONCE_USES:
             self._nonces = {newest: uses, os.urandom(16).hex(): {}}
@@ -2288,70 +2288,45 @@ class Guard:
         return [("WWW-Authenticate", way) for way in ways]
 
 
-def is_login(credentials: str, users: Mapping[str, str]) -> bool:
-    """Tell whether Basic credentials are a user's."""
-    import base64
+# A body is a file, on the disk if it has an archive, and is read in pieces: it may be large.
 
-    known = [base64.b64encode(f"{name}:{users[name]}".encode()) for name in users]
-    return any(hmac.compare_digest(credentials.strip().encode(), login) for login in known)
-
-
-# The body with an archive may be large, so it is spooled to a file and mapped into memory. Both
-# bytes and such a file can be searched and sliced, which is done in windows: what has been read of
-# a mapped file counts as memory of the daemon until it is given back.
-
-BODY_BYTES = WINDOW_BYTES = MIB  # the longest body that is not spooled; a window
+BODY_BYTES = MIB  # the longest body without an archive
 MARK_BYTES = 1024  # the longest mark between fields
 Field = tuple[str, Iterable[bytes]]  # the name, and the value in pieces
-STRAY_PERCENT = re.compile(rb"%(?![0-9A-Fa-f]{2})")
-ANDS, EQUALS, BLANK_LINE = re.compile(rb"&+"), re.compile(rb"="), re.compile(rb"\r\n\r\n")
 FORM_TYPE = "application/x-www-form-urlencoded"
-# What sends itself as a form by curl -d, but is none: how it begins, what it is, the cure.
-NO_FORMS = (
-    (b"PK\x03\x04", f"a zip file without a form around it: {PUSH_CALL}"),
-    (b"\x1f\x8b", f"a gzip file; make a zip, and {PUSH_CALL}"),
-    (b"{", "JSON without its header: use curl --json, or add -H 'Content-Type: application/json'"),
-)
 
 
-def give_back(data: Any) -> None:
-    """Give back the memory of what has been read of a mapped file."""
-    if not isinstance(data, bytes):
-        import mmap
-
-        data.madvise(mmap.MADV_DONTNEED)
+def cut(file: IO[bytes], start: int, end: int) -> bytes:
+    """Return what a file has between two places."""
+    file.seek(start)
+    return file.read(end - start)
 
 
-def find(mark: re.Pattern[bytes], data: Any, start: int, end: int) -> tuple[int, int]:
-    """Return where the next mark begins and ends, (end, end) when there is none."""
-    for at in range(start, end, WINDOW_BYTES):
-        match = mark.search(data, at, min(at + WINDOW_BYTES + MARK_BYTES, end))
-        give_back(data)
+def find(mark: bytes, file: IO[bytes], start: int, end: int) -> tuple[int, int]:
+    """Return where the next match of a pattern begins and ends, (end, end) for none."""
+    for at in range(start, end, CHUNK_BYTES):
+        match = re.search(mark, cut(file, at, min(at + CHUNK_BYTES + MARK_BYTES, end)))
         if match:
-            return match.span()
+            return at + match.start(), at + match.end()
     return end, end
 
 
 def pieces(
-    data: Any, start: int, end: int, decode: Callable[[bytes], bytes] = bytes
+    file: IO[bytes], start: int, end: int, decode: Callable[[bytes], bytes] = bytes
 ) -> Iterator[bytes]:
     """Yield what is between two places, decoded. A %XX is not cut."""
     while start < end:
-        stop = min(start + WINDOW_BYTES, end)
-        percent = data.find(b"%", stop - 2, stop)
-        if stop < end and percent >= 0:
-            stop = percent
-        yield decode(data[start:stop])
-        give_back(data)
-        start = stop
+        piece = cut(file, start, min(start + CHUNK_BYTES, end))
+        percent = piece.find(b"%", -2)
+        if start + len(piece) < end and percent >= 0:
+            piece = piece[:percent]
+        yield decode(piece)
+        start += len(piece)
 
 
 def decode_percent(data: bytes) -> bytes:
     """Return urlencoded bytes decoded; a stray % stays."""
-    data = STRAY_PERCENT.sub(rb"%25", data.replace(b"+", b" "))
-    # Python's decoder of \xXX is much faster than a function that is called for each %XX.
-    data = data.replace(b"\\", b"%5C").replace(b"%", rb"\x")
-    return data.decode("unicode_escape").encode("latin-1")
+    return urllib.parse.unquote_to_bytes(data.replace(b"+", b" "))
 
 
 def as_text(data: bytes, what: str) -> str:
@@ -2362,33 +2337,35 @@ def as_text(data: bytes, what: str) -> str:
         raise BadRequest(f"{what} is not UTF-8") from None
 
 
-def query_fields(data: Any) -> Iterator[Field]:
+def query_fields(file: IO[bytes]) -> Iterator[Field]:
     """Yield urlencoded fields; a value may be binary."""
-    at = 0
-    while at < len(data):
-        end, following = find(ANDS, data, at, len(data))
-        equals, value = find(EQUALS, data, at, end)
+    size, at = file.seek(0, os.SEEK_END), 0
+    while at < size:
+        end, following = find(rb"&+", file, at, size)
         if at < end:
-            name = decode_percent(data[at : min(equals, at + MARK_BYTES)])
-            yield as_text(name, "the name of a parameter"), pieces(data, value, end, decode_percent)
+            name, equals, _ = cut(file, at, min(end, at + MARK_BYTES)).partition(b"=")
+            value = pieces(file, at + len(name + equals), end, decode_percent)
+            what = f"the name of a parameter (a file is sent by {PUSH_CALL})"
+            yield as_text(decode_percent(name), what), value
         at = following
 
 
-def multipart_fields(data: Any, boundary: str) -> Iterator[Field]:
+def multipart_fields(file: IO[bytes], boundary: str) -> Iterator[Field]:
     """Yield `multipart/form-data`, RFC 7578; only a whole line with the boundary ends a part."""
+    size = file.seek(0, os.SEEK_END)
     line = rb"--%b(?:--|[ \t]{0,64}\r\n)" % re.escape(boundary.encode("latin-1"))
-    mark, first = re.compile(rb"\r\n" + line), re.match(line, data)
-    end, at = first.span() if first else (len(data), 0)
-    while end < len(data) and data[at - 2 : at] != b"--":
-        head, value = find(BLANK_LINE, data, at, len(data))
-        text = data[at : min(head, at + 8 * MARK_BYTES)].decode("utf-8", "replace")
+    first = re.match(line, cut(file, 0, MARK_BYTES))
+    end, at = first.span() if first else (size, 0)
+    while end < size and cut(file, at - 2, at) != b"--":
+        head, value = find(rb"\r\n\r\n", file, at, size)
+        text = cut(file, at, min(head, at + 8 * MARK_BYTES)).decode("utf-8", "replace")
         found = re.search("(?im)^content-disposition: *form-data *;(.*)", text)
         name = parameters_of(found[1] if found else "").get("name")
         if name is None:
             raise BadRequest("a part of the multipart body has no name")
-        end, at = find(mark, data, value, len(data))
-        yield name, pieces(data, value, end)
-    if end == len(data):
+        end, at = find(rb"\r\n" + line, file, value, size)
+        yield name, pieces(file, value, end)
+    if end == size:
         raise BadRequest(
             "the multipart body has no last boundary: was it cut short, or does its Content-Type"
             " lack the boundary?"
@@ -2418,23 +2395,20 @@ def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return dict(pairs)
 
 
-def body_fields(data: Any, headers: Mapping[str, str], route: Route) -> Iterator[Field]:
+def body_fields(file: IO[bytes], headers: Mapping[str, str], route: Route) -> Iterator[Field]:
     """Return the fields of a body by its type. Raise ScrapyDoError for a type that is not known."""
-    kind, _, rest = headers.get("content-type", "").partition(";")
-    kind = kind.strip().lower() or FORM_TYPE
+    kind, _, rest = headers.get("content-type", FORM_TYPE).partition(";")
+    kind = kind.strip().lower()
     if kind == "application/json":
-        return json_fields(data[:BODY_BYTES], route.repeatable)
+        return json_fields(cut(file, 0, BODY_BYTES), route.repeatable)
     if kind == "multipart/form-data":
-        return multipart_fields(data, parameters_of(rest).get("boundary", ""))
-    if kind != FORM_TYPE:
-        raise ScrapyDoError(
-            f"a body of type {quoted(kind)} is not understood; send a form (curl -F or -d) or JSON"
-            f" (curl --json), as in {PUSH_CALL}", 415,
-        )  # fmt: skip
-    for magic, what in NO_FORMS:
-        if data[:100].lstrip().startswith(magic):
-            raise BadRequest(f"the body is {what}")
-    return query_fields(data)
+        return multipart_fields(file, parameters_of(rest).get("boundary", ""))
+    if kind == FORM_TYPE:
+        return query_fields(file)
+    raise ScrapyDoError(
+        f"a body of type {quoted(kind)} is not understood; send a form (curl -F or -d) or JSON"
+        f" (curl --json), as in {PUSH_CALL}", 415,
+    )  # fmt: skip
 
 
 class Route(NamedTuple):
@@ -2460,12 +2434,13 @@ class Route(NamedTuple):
         known = self.required + self.optional
         values: dict[str, Any] = {}
         for count, (name, value) in enumerate(fields, 1):
-            if count > FIELDS_COUNT:
-                raise TooLarge(f"a request may have {FIELDS_COUNT} parameters")
+            if count > 1000:  # a crawl's command has no room for more
+                raise TooLarge("a request may have 1000 parameters")
             if name not in known:
-                hint = "with curl, a '&' or '+' within a value needs --data-urlencode; "
-                hint = suggest(name, known) or hint
-                raise BadRequest(f"{self.name} has no parameter {quoted(name)}; {hint}{self}")
+                raise BadRequest(
+                    f"{self.name} has no parameter {quoted(name)}; {self}; with curl, JSON needs"
+                    " --json, a file -F NAME=@FILE, a value with '&' or '+' --data-urlencode"
+                )
             if name in values and name not in self.repeatable:
                 raise BadRequest(f"the parameter {quoted(name)} is given twice; {self}")
             kept = value if name == "archive" else as_text(b"".join(value), f"parameter '{name}'")
@@ -2485,7 +2460,7 @@ def read_headers(reader: IO[bytes]) -> dict[str, str]:
     headers: dict[str, str] = {}
     while (line := reader.readline(LINE_BYTES)) not in (b"\r\n", b"\n"):
         match = HEADER_LINE.fullmatch(line)
-        if len(line) == LINE_BYTES or len(headers) == HEADERS_COUNT:
+        if len(line) == LINE_BYTES or len(headers) == 100:
             raise ScrapyDoError("the headers are too long, or too many", 431)
         if match is None:
             raise BadRequest(f"this is not a header: {quoted(line.decode('latin-1'))}")
@@ -2606,9 +2581,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def parse_request(self) -> bool:
         """Read the head of a request. Raise ScrapyDoError for one that is not sound."""
-        self.command, self.is_old, self.is_read = "", False, False
-        if len(self.raw_requestline) > LINE_BYTES:
-            raise ScrapyDoError("the address is too long; parameters may go in a POST body", 414)
+        self.command, self.is_read = "", False
         match = REQUEST_LINE.fullmatch(self.raw_requestline)
         if match is None:
             raise BadRequest("this is not a request line of HTTP/1.1, like GET /status.json")
@@ -2629,7 +2602,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
         """Refuse what http.server itself does not understand."""
         self.is_read = False
-        raise ScrapyDoError(message or "the address is too long", code)
+        raise ScrapyDoError(message or "the address is too long; use a POST body", code)
 
     def log_message(self, format: str, *args: Any) -> None:
         """Say nothing of a connection on which nothing came in time."""
@@ -2639,7 +2612,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         target, _, query = self.path.partition("?")
         path = as_text(decode_percent(target.encode("latin-1")), "the path")
         log_path, route = LOG_PATH.fullmatch(path), ROUTES.get(path)
-        if not (route or log_path or path in ("/", "/robots.txt")):
+        if not (route or log_path or path == "/"):
             raise NotFound(
                 f"there is no {quoted(path)}; the paths are /, {', '.join(ROUTES)}, and"
                 " /get-log/data/ID.err or .out, where ID is the identifier of a job"
@@ -2655,38 +2628,31 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self._send(200, {"status": "ok", **answer})
         elif log_path:
             self._send_log(query, *log_path.groups())
-        elif path == "/":
-            self._send(200, PAGE.encode(), "text/html; charset=utf-8", PAGE_HEADERS)
         else:
-            self._send(200, b"User-agent: *\nDisallow:\n", TEXT_TYPE)  # spiders are tried here
+            self._send(200, PAGE.encode(), "text/html; charset=utf-8", PAGE_HEADERS)
 
     do_HEAD = do_POST = do_PUT = do_DELETE = do_PATCH = do_OPTIONS = do_GET
 
     def _parameters(self, route: Route, query: str) -> dict[str, Any]:
         if not route.is_post:
-            return route.check(query_fields(query.encode("latin-1")))
+            return route.check(query_fields(io.BytesIO(query.encode("latin-1"))))
         if query:
             raise BadRequest(f"{route.name} takes parameters by curl -F or -d, not in the address")
         if "archive" in route.required:
             return {"archive": self._save_archive(route)}
         body = io.BytesIO()
         self._receive(body, BODY_BYTES)
-        return route.check(body_fields(body.getvalue(), self.headers, route))
+        return route.check(body_fields(body, self.headers, route))
 
     def _save_archive(self, route: Route) -> Path:
-        import mmap
-
         upload = self.server.daemon.new_upload()
         try:
-            with open(upload, "xb+") as file:
+            with open(upload, "xb+") as file, open(upload, "rb+") as target:
                 self._receive(file, self.server.rules.max_upload * MIB)
-                size = file.tell()
-                file.seek(0)
-                body = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ) if size else b""
-                archive = route.check(body_fields(body, self.headers, route))["archive"]
+                archive = route.check(body_fields(file, self.headers, route))["archive"]
                 # It moves to the start of its own file; a piece is read before it is written over.
-                file.writelines(archive)
-                file.truncate()
+                target.writelines(archive)
+                target.truncate()
         except BaseException:
             remove_tree(upload)
             raise
@@ -2716,7 +2682,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.is_read = True
 
     def _next_chunk(self, end: bytes = b"") -> int:
-        """Return the size of the next chunk, 0 for no more, RFC 9112 section 7.1."""
+        # 0 is the end, see RFC 9112 section 7.1.
         is_ended = self.rfile.read(len(end)) == end
         match = CHUNK_LINE.fullmatch(self.rfile.readline(256))
         if match is None or not is_ended:
@@ -2737,10 +2703,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self, status: int, answer: Mapping[str, Any] | bytes, kind: str = "application/json",
         headers: Headers = (), framing: str = "",
     ) -> None:  # fmt: skip
-        """Send the head of an answer with all of its body, or with none.
-
-        `framing` is the header that says where the body ends, by default with `answer`.
-        """
+        # `framing` is the header that says where the body ends, by default with `answer`.
         if not isinstance(answer, bytes):
             answer = (encode_answer(answer) + "\n").encode("utf-8", "backslashreplace")
         self.close_connection = self.close_connection or not self.is_read
@@ -2754,19 +2717,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
         head = "\r\n".join(lines).encode("latin-1", "replace")
         self.wfile.write(head if self.command == "HEAD" else head + answer)
 
-    def _write_chunk(self, data: bytes) -> None:
-        self.wfile.write(b"%x\r\n%b\r\n" % (len(data), data))
-
     def _pause(self, seconds: float) -> None:
-        """Wait a moment. Raise ConnectionAbortedError when the client goes meanwhile."""
         poll = select.poll()
         poll.register(self.request, select.POLLRDHUP)
         if poll.poll(seconds * 1000):
             raise ConnectionAbortedError
 
     def _send_log(self, query: str, identifier: str, stream: str) -> None:
-        """Send what a log holds now, a part of it, or all that comes until its job has ended."""
-        fields = LOG_ROUTE.check(query_fields(query.encode("latin-1")))
+        fields = LOG_ROUTE.check(query_fields(io.BytesIO(query.encode("latin-1"))))
         asked = {name: checked(name, parse_whole, fields[name], 0, 10**9) for name in fields}
         path = self.server.daemon.log_path(identifier, stream)
         with open_log(path) as file:
@@ -2774,18 +2732,17 @@ class Handler(http.server.BaseHTTPRequestHandler):
             start = tail_start(file, size, asked.get("tail"))
             if not asked.get("follow") or self.is_old:  # HTTP/1.0 has no chunks
                 wanted = "" if "tail" in asked else self.headers.get("range", "")
-                self._send_part(file, start, size, BYTE_RANGE.fullmatch(wanted))
+                self._send_part(file, start, size, wanted)
                 return
         self._send(200, b"", TEXT_TYPE, (), "Transfer-Encoding: chunked")
-        while start >= 0 and self.command != "HEAD":
-            start = self._send_news(path, identifier, start)
+        if self.command != "HEAD":
+            self._follow(path, identifier, start)
 
-    def _send_part(
-        self, file: IO[bytes], start: int, size: int, wanted: re.Match[str] | None
-    ) -> None:
+    def _send_part(self, file: IO[bytes], start: int, size: int, wanted: str) -> None:
         status, end, headers = 200, size, [("Accept-Ranges", "bytes")]
-        if wanted:
-            first, last = wanted.groups()
+        # RFC 9110, section 14; what is more than one range of bytes is ignored.
+        if match := re.fullmatch("bytes=([0-9]{0,18})-([0-9]{0,18})", wanted):
+            first, last = match.groups()
             start = int(first) if first else max(0, size - int(last or 0))
             end = min(size, int(last) + 1) if first and last else size
             if start >= end:
@@ -2794,37 +2751,29 @@ class Handler(http.server.BaseHTTPRequestHandler):
             status = 206
             headers.append(("Content-Range", f"bytes {start}-{end - 1}/{size}"))
         self._send(status, b"", TEXT_TYPE, headers, f"Content-Length: {end - start}")
-        if self.command != "HEAD":
-            self._copy(file, start, end, self.wfile.write)
+        self.request.settimeout(self.server.rules.request_timeout)  # `sendfile` wants Python's own
+        if self.command == "HEAD" or start == end:
+            return
+        if self.request.sendfile(file, start, end - start) < end - start:
+            raise ConnectionAbortedError  # the log was cut short, so no more will come
 
-    def _send_news(self, path: Path, identifier: str, start: int) -> int:
-        """Send what has come to a log. Return where the next look begins, -1 after the last.
-
-        When the daemon stops or reloads before, the answer is cut, so that the client can tell.
-        """
-        is_over = not self.server.daemon.is_logging(identifier)  # asked before the log is read
-        with open_log(path) as file:
-            size = os.fstat(file.fileno()).st_size
-            # A log that has become shorter is new.
-            self._copy(file, start if start <= size else 0, size, self._write_chunk)
-        if is_over:
-            self._write_chunk(b"")  # the end
-            return -1
-        if self.server.daemon.is_closing or self.server.is_draining:
-            raise ConnectionAbortedError
-        self._pause(FOLLOW_SECONDS)
-        return size
-
-    def _copy(
-        self, file: IO[bytes], start: int, end: int, write: Callable[[bytes], object]
-    ) -> None:
-        file.seek(start)
-        while start < end:
-            piece = file.read(min(CHUNK_BYTES, end - start))
+    def _follow(self, path: Path, identifier: str, start: int) -> None:
+        # When the daemon stops or reloads before the end, the answer is cut: the client can tell.
+        while True:
+            is_over = not self.server.daemon.is_logging(identifier)  # asked before the log is read
+            with open_log(path) as file:
+                # A log that has become shorter is new.
+                file.seek(start if start <= os.fstat(file.fileno()).st_size else 0)
+                piece = file.read(CHUNK_BYTES)
+                start = file.tell()
+            if piece or is_over:
+                self.wfile.write(b"%x\r\n%b\r\n" % (len(piece), piece))
+            if is_over and not piece:  # an empty chunk is the end
+                return
+            if not is_over and (self.server.daemon.is_closing or self.server.is_draining):
+                raise ConnectionAbortedError
             if not piece:
-                raise ConnectionAbortedError  # it was cut short, so no more will come
-            write(piece)
-            start += len(piece)
+                self._pause(FOLLOW_SECONDS)
 
 
 class Server(http.server.ThreadingHTTPServer):
@@ -2912,10 +2861,7 @@ class Server(http.server.ThreadingHTTPServer):
             log_crash("a connection")
 
     def _make_room(self) -> None:
-        """Have the connection that is idle for longest give way when there are too many.
-
-        First go those which have not shown a password. Raise Unavailable if all are busy.
-        """
+        # The connection that is idle for longest gives way, first of those without a password.
         end = time.monotonic() + GRACE_SECONDS
         while len(self.connections) >= self.rules.max_connections:
             handlers = [handler for handler in list(self.connections.values()) if handler]
