@@ -3249,7 +3249,8 @@ function append() {  // ten times a second: a crawl may write faster than a brow
 const colour = ({status, stats}) => status === "FAILED" ? "bad" : status !== "SUCCESSFUL" ? "soft"
   : stats && !stats.items ? "warn" : "good";
 const results = ({stats, duration}) => `took ${lasting(duration || 0)}, ` + (stats ?
-  `${stats.items} items, ${stats.responses} responses, ${stats.errors} errors` : "no statistics");
+  `${stats.items} items, ${stats.responses} responses, ${stats.errors ?? "?"} errors` :
+  "no statistics");
 function bars(runs) {  // the oldest on the left; the height is the logarithm of the items
   const log = run => Math.log1p(run.stats?.items || 0), most = Math.max(...runs.map(log)) || 1;
   return make("div", {className: "bars"}, ...runs.toReversed().map(run => make("i", {role: "img",
