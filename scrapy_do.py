@@ -1419,23 +1419,20 @@ class Daemon:
         """
         former = self.jobs.get(record.identifier) if isinstance(record, Job) else None
         apply_record(record, self.projects, self.jobs)
-        if not isinstance(record, Job):
-            return False
-        job = record
-        if job.due is not None:
-            heapq.heappush(self._due, (job.due, job.identifier))
-            if self._due[0][1] == job.identifier:
+        if isinstance(record, Job) and record.due is not None:
+            heapq.heappush(self._due, (record.due, record.identifier))
+            if self._due[0][1] == record.identifier:
                 self._wake.set()
-        if former is not None and former.status is job.status:
+        if not isinstance(record, Job) or (former and former.status is record.status):
             return False
-        if job.status is Status.PENDING:
-            self._waiting.put(job)
-        elif job.status is Status.RUNNING:
+        if record.status is Status.PENDING:
+            self._waiting.put(record)
+        elif record.status is Status.RUNNING:
             self._counts["jobs-run"] += 1
-        elif former is not None and former.status is Status.RUNNING:
-            self._counts[f"jobs-{job.status.value.lower()}"] += 1
-        if job.notice:
-            self._notices.put(job)
+        elif former and former.status is Status.RUNNING:
+            self._counts[f"jobs-{record.status.value.lower()}"] += 1
+        if record.notice:
+            self._notices.put(record)
         return True
 
     def _retire(self) -> None:
@@ -1794,13 +1791,17 @@ class Daemon:
 
         They are at most some hundreds in a change, so that requests are served in between.
         """
-        jobs: list[Job] = []
-        while self._due and self._due[0][0] <= now and len(jobs) < 500:
+        if len(self._due) > 1000 + 2 * len(self.jobs):  # most are of canceled schedules
+            scheduled = self._select([Status.SCHEDULED])
+            self._due = [(job.due, job.identifier) for job in scheduled if job.due is not None]
+            heapq.heapify(self._due)
+        fired: dict[str, list[Job]] = {}  # by schedule: an entry may be there twice
+        while self._due and self._due[0][0] <= now and len(fired) < 500:
             due, identifier = heapq.heappop(self._due)
             job = self.jobs.get(identifier)
-            if job is not None and job.due == due:  # else it was canceled, or the clock set
-                jobs += self._make_run(job, due, now)
-        return jobs
+            if job is not None and job.due == due and identifier not in fired:
+                fired[identifier] = self._make_run(job, due, now)
+        return [job for made in fired.values() for job in made]
 
     def _make_run(self, job: Job, due: float, now: float) -> list[Job]:
         """Return a schedule with its next due time, and its run, unless a run waits already."""
@@ -1936,6 +1937,8 @@ class Daemon:
                 remove_tree(tree)
                 fresh.rename(tree)
                 copy_tree(str(tree), str(work))
+            except OSError as error:
+                raise StorageError(f"the code cannot be copied for the crawl: {error}") from None
             finally:
                 remove_tree(fresh)
             return project
@@ -2505,9 +2508,8 @@ def tail_start(file: IO[bytes], size: int, lines: int | None) -> int:
     if not lines:
         return 0 if lines is None else size
     for start in reversed(range(0, size - 1, CHUNK_BYTES)):
-        file.seek(start)
         # The line feed at the very end begins no other line.
-        block = file.read(min(CHUNK_BYTES, size - 1 - start))
+        block = cut(file, start, min(start + CHUNK_BYTES, size - 1))
         count = block.count(b"\n")
         if count >= lines:
             return start + len(block.rsplit(b"\n", lines)[0]) + 1
