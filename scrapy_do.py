@@ -73,7 +73,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from datetime import datetime
 from enum import Enum
 from pathlib import Path
-from typing import IO, Any, NamedTuple, TypeGuard
+from typing import IO, Any, NamedTuple
 
 try:
     import psutil
@@ -1237,22 +1237,6 @@ NOTICE_SECONDS = 60.0  # that the command of --on-finish may take
 BY_USER = "canceled by the user"
 
 
-class Settings(NamedTuple):
-    """The options that the daemon needs. Times are seconds; 0 is no limit."""
-
-    scrapy: Strings = (sys.executable, "-m", "scrapy")
-    job_slots: int = 3
-    project_slots: int = 0
-    spider_slots: int = 0
-    completed_cap: int = 500
-    keep_days: int = 0
-    keep_mib: int = 0
-    kill_after: float = 30.0
-    job_timeout: float = 0.0  # of jobs that have none of their own
-    list_timeout: float = 60.0
-    on_finish: Strings = ()
-
-
 class Waiting:
     """The PENDING jobs, which start by priority, then in their order, as soon as all limits allow.
 
@@ -1260,35 +1244,35 @@ class Waiting:
     each line has to be looked at. Daemon.lock guards it.
     """
 
-    def __init__(self, settings: Settings):
-        self._settings = settings
+    def __init__(self, options: argparse.Namespace):
+        self._options = options
         self._numbers = itertools.count()
-        self._lines: dict[Any, list[tuple[int, int, Job]]] = {}  # heaps
+        self._lines: dict[Any, list[tuple[int, float, int, Job]]] = {}  # heaps
 
     def _limits(self, job: Job) -> tuple[tuple[Any, int], ...]:
-        """Return what a job counts for, with the limits; runs of one schedule never overlap."""
+        # What a job counts for, with the limits; runs of one schedule never overlap.
         limits = (
             (("run", job.scheduled_by), 1 if job.scheduled_by else 0),
-            (("project", job.project), self._settings.project_slots),
-            (("spider", job.project, job.spider), self._settings.spider_slots),
+            (("project", job.project), self._options.project_slots),
+            (("spider", job.project, job.spider), self._options.spider_slots),
         )
         return tuple((key, most) for key, most in limits if most)
 
     def put(self, job: Job) -> None:
         """Have a job wait."""
         line = self._lines.setdefault(self._limits(job), [])
-        heapq.heappush(line, (-job.priority, next(self._numbers), job))
+        heapq.heappush(line, (-job.priority, job.origin, next(self._numbers), job))
 
     def pop(self, running: Collection[Job]) -> Job | None:
         """Return the next job, beside those that have a slot; None when no job may start."""
-        if len(running) >= self._settings.job_slots:
+        if len(running) >= self._options.job_slots:
             return None
         taken = Counter(key for job in running for key, _ in self._limits(job))
         free = [line for line in self._lines if all(taken[key] < most for key, most in line)]
         if not free:
             return None
         first = min(free, key=lambda line: self._lines[line][0])
-        job = heapq.heappop(self._lines[first])[2]
+        job = heapq.heappop(self._lines[first])[-1]
         if not self._lines[first]:
             del self._lines[first]
         return job
@@ -1299,11 +1283,11 @@ class Daemon:
 
     Methods without an underscore are for callers in any thread. They return from a change when it
     is on the disk, and raise a ScrapyDoError when it is refused; then nothing has changed. Methods
-    that want `lock` to be held say so.
+    that want `lock` to be held say so. `options` are those of the command line.
     """
 
-    def __init__(self, store: Store, settings: Settings):
-        self.store, self.settings = store, settings
+    def __init__(self, store: Store, options: argparse.Namespace):
+        self.store, self.options = store, options
         # Held by whoever changes anything below, or starts or reaps a child. Readers do without:
         # list(dictionary) is one step of the interpreter, and records never change.
         self.lock = threading.Lock()
@@ -1311,7 +1295,7 @@ class Daemon:
         self.jobs: dict[str, Job] = {}  # by identifier, in the order in which they were made
         self.is_closing = False
         self._code_lock = threading.Lock()  # held by whoever copies or deletes unpacked code
-        self._waiting = Waiting(settings)
+        self._waiting = Waiting(options)
         self._crawls: dict[str, Crawl] = {}  # of each job that has a slot, and each `scrapy list`
         self._is_hooking = False  # the command of --on-finish runs, which is not ours to reap
         self._due: list[tuple[float, str]] = []  # heap of schedules; entries may be stale
@@ -1333,32 +1317,28 @@ class Daemon:
         children = child_pids(os.getpid()) if is_reloaded else []
         running = [job for job in jobs.values() if job.status is Status.RUNNING]
         adopted = {job.identifier: job for job in running if job.pid in children}
-        if is_reloaded or running or self.store.was_crashed:
+        if running or self.store.was_crashed:
             find = functools.partial(find_strays, self.store.spider_data, adopted)
             end_processes(find, time.monotonic())
         self.store.sweep([project.push for project in projects.values()], jobs, adopted)
         with self.lock:
             self.projects.update(projects)
-            left = [job for job in jobs.values() if job.identifier not in adopted]
-            changed = list(filter(None, map(self._recover, left)))
-            jobs.update({job.identifier: job for job in changed})
-            for job in jobs.values():  # in the order in which they were made
+            self.jobs.update(jobs)
+            for job in jobs.values():
                 self._apply(job)
-            for job in changed:
-                log(describe(job))
-            self.save(*changed, is_fact=True)
+            left = [job for job in jobs.values() if job.identifier not in adopted]
+            self.save(*filter(None, map(self._recover, left)), is_fact=True)
+            self._counts[Status.RUNNING] = len(adopted)
             for job in adopted.values():
                 self._set_deadline(job, self._start_thread(job))
             self.dispatch()
         threading.Thread(target=self._run_timer, name="timer", daemon=True).start()
-        if self.settings.on_finish:
+        if self.options.on_finish:
             threading.Thread(target=self._run_hooks, name="on-finish", daemon=True).start()
 
     def _recover(self, job: Job) -> Job | None:
-        """Return what becomes of a job after a stop or a crash, or when the clock was set back.
-
-        Then a due time may be further away than any can be. None leaves the job as it is.
-        """
+        # What becomes of a job after a stop or a crash, or when the clock was set back: then a due
+        # time may be further away than any can be. None leaves the job as it is.
         now = time.time()
         try:
             if job.status not in COMPLETED:
@@ -1409,45 +1389,39 @@ class Daemon:
         if was_behind and not self.store.is_behind:
             log(f"{self.store.state_file} can be written again")
         for record in records:
-            if self._apply(record):
-                log(describe(record))
+            self._apply(record)
 
-    def _apply(self, record: Record) -> TypeGuard[Job]:
-        """Put a record where readers see it, and a job where the timer or a slot finds it.
-
-        Return whether it is a job that has another status now.
-        """
+    def _apply(self, record: Record) -> None:
+        # Put a record where readers see it, and a job where the timer or a slot finds it.
         former = self.jobs.get(record.identifier) if isinstance(record, Job) else None
         apply_record(record, self.projects, self.jobs)
-        if isinstance(record, Job) and record.due is not None:
+        if not isinstance(record, Job):
+            return
+        if record.due is not None:
             heapq.heappush(self._due, (record.due, record.identifier))
             if self._due[0][1] == record.identifier:
                 self._wake.set()
-        if not isinstance(record, Job) or (former and former.status is record.status):
-            return False
         if record.status is Status.PENDING:
             self._waiting.put(record)
-        elif record.status is Status.RUNNING:
-            self._counts["jobs-run"] += 1
-        elif former and former.status is Status.RUNNING:
-            self._counts[f"jobs-{record.status.value.lower()}"] += 1
         if record.notice:
             self._notices.put(record)
-        return True
+        if former is None or former.status is not record.status:
+            log(describe(record))
+            if Status.RUNNING in (record.status, former and former.status):
+                self._counts[record.status] += 1
 
     def _retire(self) -> None:
-        """Forget finished jobs that are too many, too old, or too long in all. `lock` is held."""
-        settings = self.settings
-        oldest = time.time() - (settings.keep_days or 10**6) * DAY_SECONDS
-        most = settings.keep_mib * MIB
+        # Forget finished jobs that are too many, too old, or too long in all. `lock` is held.
+        oldest = time.time() - (self.options.keep_days or 10**6) * DAY_SECONDS
+        most = self.options.keep_mib * MIB
         size = 0
         gone = []
         for count, job in enumerate(self._select(COMPLETED)):
             size += sum(map(file_size, self.store.log_files(job.identifier))) if most else 0
             is_long = size > most and count > 0  # the newest job stays
-            if is_long or count >= settings.completed_cap or job.timestamp < oldest:
+            if is_long or count >= self.options.completed_cap or job.timestamp < oldest:
                 gone.append(Gone(job.identifier))
-        with contextlib.suppress(StorageError):
+        with contextlib.suppress(ScrapyDoError):
             self.save(*gone)
             for path in itertools.chain(*(self.store.log_files(each.identifier) for each in gone)):
                 remove_tree(path)
@@ -1471,10 +1445,8 @@ class Daemon:
             with self.lock:
                 active = self._select(ACTIVE, project.name)
                 if lost := [job for job in active if job.spider not in project.spiders]:
-                    raise Conflict(
-                        "the new code lacks spiders of active jobs; cancel them first: "
-                        + name_jobs(lost)
-                    )
+                    raise Conflict("the new code lacks spiders of active jobs; cancel them first: "
+                                   + _name_jobs(lost))
                 former = self.projects.get(project.name)
                 self.save(project)
         except BaseException:
@@ -1497,10 +1469,8 @@ class Daemon:
         with self.lock:
             project = self.find_project(name)
             if active := self._select(ACTIVE, name):
-                raise Conflict(
-                    f"{quoted(name)} has active jobs, cancel-job.json with project={name} cancels"
-                    f" all: {name_jobs(active)}"
-                )
+                raise Conflict(f"{quoted(name)} has active jobs, cancel-job.json with"
+                               f" project={name} cancels all: {_name_jobs(active)}")
             self.save(Gone("", name))
         log(f"project {name} was removed")
         self._discard(self.store.tree(project))
@@ -1508,12 +1478,9 @@ class Daemon:
 
     def find_project(self, name: str) -> Project:
         """Return a project. Raise NotFound when there is none of that name."""
-        project = self.projects.get(name)
-        if project is None:
-            raise NotFound(
-                f"there is no project {quoted(name)}; {suggest(name, self.projects)}"
-                "list-projects.json shows all"
-            )
+        if (project := self.projects.get(name)) is None:
+            raise NotFound(f"there is no project {quoted(name)}; {suggest(name, self.projects)}"
+                           "list-projects.json shows all")
         return project
 
     def list_projects(self) -> dict[str, Any]:
@@ -1525,12 +1492,10 @@ class Daemon:
         return {"project": project, "spiders": self.find_project(project).spiders}
 
     def _list(self, project: Project) -> dict[str, Any]:
-        """Ask Scrapy for the spiders of an unpacked project, and what it warns of.
-
-        Raise BadRequest with the reason when that fails. What was compiled is kept in the tree.
-        """
+        # Ask Scrapy for the spiders of an unpacked project, and what it warns of, or raise
+        # BadRequest with the reason. What was compiled is kept in the tree.
         listing, tree = Crawl(new_identifier()), self.store.tree(project)
-        work, limit = self.store.work / listing.identifier, self.settings.list_timeout
+        work, limit = self.store.work / listing.identifier, self.options.list_timeout
         report, folder = work.with_suffix(".json"), work / project.folder
         logs = [work.with_suffix(suffix) for suffix in (".out", ".err")]
         words = ("list", "-s", "LOG_FILE=", "-s", "LOG_STDOUT=0")
@@ -1567,14 +1532,14 @@ class Daemon:
         self, project: str, spider: Sequence[str], when: str, description: str = "",
         payload: str = "{}", timeout: str | None = None, priority: str = "0", items: str = "0",
         arg: Sequence[str] = (), setting: Sequence[str] = (),
-    ) -> dict[str, Any]:  # fmt: skip
+    ) -> dict[str, Any]:
         """Make a job for each spider, `*` is all, and return their identifiers and next run.
 
         `payload` is the text of a JSON object, `arg` and `setting` hold NAME=VALUE, `timeout` is
         the text of a number of seconds; None leaves it to --job-timeout.
         """
         recurrence, now = parse_spec(when), time.time()
-        check_arguments(description, payload, arg, setting)
+        _check_arguments(description, payload, arg, setting)
         if recurrence is not None and now < SANE_INSTANT:
             raise Unavailable(f"the system clock shows {local_time(now)}; set it, and ask again")
         job = Job(
@@ -1583,7 +1548,7 @@ class Daemon:
             timeout=None if timeout is None else checked("timeout", parse_seconds, timeout, 0.001),
             priority=checked("priority", parse_whole, priority, -(10**6), 10**6),
             items=bool(checked("items", parse_whole, items, 0, 1)),
-        )  # fmt: skip
+        )
         with self.lock:
             jobs = [
                 job._replace(
@@ -1591,7 +1556,7 @@ class Daemon:
                     due=None if recurrence is None else recurrence.anchored(now).next_after(now),
                 )
                 for name in self._find_spiders(project, spider)
-            ]  # fmt: skip
+            ]
             self.save(*jobs)
             self.dispatch()
         identifiers = [job.identifier for job in jobs]
@@ -1601,37 +1566,30 @@ class Daemon:
     def _find_spiders(self, project: str, names: Sequence[str]) -> list[str]:
         known = self.find_project(project).spiders
         if wrong := [name for name in names if name not in known and name != "*"]:
-            raise NotFound(
-                f"there is no spider {quoted(wrong[0])}; {suggest(wrong[0], known)}"
-                f"list-spiders.json?project={project} shows the {len(known)} there are"
-            )
+            raise NotFound(f"there is no spider {quoted(wrong[0])}; {suggest(wrong[0], known)}"
+                           f"list-spiders.json?project={project} shows the {len(known)} there are")
         return list(known if "*" in names else dict.fromkeys(names))
 
     def find_job(self, identifier: str) -> Job:
         """Return a job. Raise NotFound when there is none of that identifier."""
-        job = self.jobs.get(identifier)
-        if job is None:
-            raise NotFound(
-                f"there is no job {quoted(identifier)} (any more);"
-                " list-jobs.json?status=COMPLETED shows those that --completed-cap keeps"
-            )
+        if (job := self.jobs.get(identifier)) is None:
+            raise NotFound(f"there is no job {quoted(identifier)} (any more); list-jobs.json"
+                           "?status=COMPLETED shows those that --completed-cap keeps")
         return job
 
     def _select(
         self, statuses: Collection[Status], project: str | None = None, spider: str | None = None
     ) -> list[Job]:
-        """Return the jobs in these statuses, the newest change first; None leaves none out."""
-        jobs = [
-            job for job in list(self.jobs.values())
-            if job.status in statuses and project in (None, job.project)
-            and spider in (None, job.spider)
-        ]  # fmt: skip
+        # The jobs in these statuses, the newest change first; None leaves none out.
+        jobs = [job for job in list(self.jobs.values())
+                if job.status in statuses and project in (None, job.project)
+                and spider in (None, job.spider)]
         return sorted(jobs, key=lambda job: job.timestamp, reverse=True)
 
     def list_jobs(
         self, id: str | None = None, status: str | None = None, project: str | None = None,
         spider: str | None = None, scheduled_by: str | None = None, limit: str | None = None,
-    ) -> dict[str, Any]:  # fmt: skip
+    ) -> dict[str, Any]:
         """Return one job by its `id`, or the jobs in a status or group of them, the newest first.
 
         Raise BadRequest for another question, and NotFound when there is no such job.
@@ -1644,10 +1602,8 @@ class Daemon:
         groups = {"ACTIVE": ACTIVE, "COMPLETED": COMPLETED, **{s.value: (s,) for s in Status}}
         if status not in groups:
             raise BadRequest(f"there is no such status; use one of {', '.join(groups)}")
-        jobs = [
-            job for job in self._select(groups[status], project, spider)
-            if scheduled_by in (None, job.scheduled_by)
-        ]  # fmt: skip
+        jobs = [job for job in self._select(groups[status], project, spider)
+                if scheduled_by in (None, job.scheduled_by)]
         count = None if limit is None else checked("limit", parse_whole, limit, 1, 10**9)
         return {"jobs": [job_text(job) for job in jobs[:count]]}
 
@@ -1681,19 +1637,14 @@ class Daemon:
         return {}
 
     def _end(self, jobs: Sequence[Job], why: str) -> None:
-        """Note why running crawls are to end, and send each SIGTERM, once. `lock` is held.
-
-        A second SIGTERM would tell Scrapy to drop its feeds. A crawl that has just ended by itself
-        is left alone. A full disk does not keep a crawl going.
-        """
+        # Note why running crawls are to end, and send each SIGTERM, once: a second SIGTERM would
+        # tell Scrapy to drop its feeds. A crawl that has just ended by itself is left alone, and a
+        # full disk does not keep a crawl going. `lock` is held.
         now = time.time()
         jobs = [job for job in jobs if not self._crawls[job.identifier].wait(os.WNOHANG)]
-        changes = [
-            job._replace(ending=why, ending_since=job.ending_since or now)
-            for job in jobs
-            if not job.ending or why == "cancel"
-        ]
-        self.save(*changes, is_fact=True)
+        noted = [job for job in jobs if not job.ending or why == "cancel"]
+        self.save(*(job._replace(ending=why, ending_since=job.ending_since or now)
+                    for job in noted), is_fact=True)
         for job in jobs:
             if not job.ending:
                 os.kill(self._crawls[job.identifier].pid, signal.SIGTERM)
@@ -1702,10 +1653,8 @@ class Daemon:
     def log_path(self, identifier: str, stream: str) -> Path:
         """Return the file with the output of a job, which may not exist yet."""
         if self.find_job(identifier).status is Status.SCHEDULED:
-            raise NotFound(
-                "a schedule has no log, its runs have;"
-                f" list-jobs.json?status=COMPLETED&scheduled_by={identifier} lists them"
-            )
+            raise NotFound("a schedule has no log, its runs have; list-jobs.json?status=COMPLETED"
+                           f"&scheduled_by={identifier} lists them")
         return self.store.logs / f"{identifier}.{stream}"
 
     def is_logging(self, identifier: str) -> bool:
@@ -1719,15 +1668,13 @@ class Daemon:
         (cpu, instant), self._cpu_mark = self._cpu_mark, (time.process_time(), now)
         share = (self._cpu_mark[0] - cpu) / max(1e-6, now - instant)
         statuses = Counter(job.status for job in list(self.jobs.values()))
-        counted = ("jobs-run", "jobs-successful", "jobs-failed", "jobs-canceled", "runs-skipped")
         return {
-            "memory-usage": memory_usage(int(10 * now)),
-            "cpu-usage": round(100 * share, 1),
-            "time": local_time(time.time()),
-            "timezone": "; ".join(time.tzname),
-            "hostname": socket.gethostname(),
-            "uptime": describe_seconds(int(now - self._began)),
-            **{name: self._counts[name] for name in counted},
+            "memory-usage": _memory_usage(int(10 * now)), "cpu-usage": round(100 * share, 1),
+            "time": local_time(time.time()), "timezone": "; ".join(time.tzname),
+            "hostname": socket.gethostname(), "uptime": _describe_seconds(int(now - self._began)),
+            "jobs-run": self._counts[Status.RUNNING],
+            **{f"jobs-{status.value.lower()}": self._counts[status] for status in COMPLETED},
+            "runs-skipped": self._counts["skipped"],
             **{f"jobs-{status.value.lower()}": statuses[status] for status in ACTIVE},
             "projects": len(projects),
             "spiders": sum(len(project.spiders) for project in projects),
@@ -1748,7 +1695,7 @@ class Daemon:
             self._wake.clear()
 
     def _tick(self, now: float) -> float:
-        """Do what is due, and return after how many seconds to look again. `lock` is held."""
+        # Do what is due, and return after how many seconds to look again. `lock` is held.
         self._expire()
         if not self.is_closing:
             lead, self._lead = self._lead, now - time.monotonic()
@@ -1767,7 +1714,7 @@ class Daemon:
         return max(0.0, min(seconds))
 
     def _expire(self) -> None:
-        """Ask each crawl to end whose timeout is over; kill those asked before, and listings."""
+        # Ask each crawl to end whose timeout is over; kill those asked before, and listings.
         for identifier, crawl in self._crawls.items():
             is_unwanted = self.is_closing and crawl.job is None
             if is_unwanted or crawl.deadline <= time.monotonic():
@@ -1781,47 +1728,41 @@ class Daemon:
     def _set_deadline(self, job: Job, crawl: Crawl) -> None:
         if job.ending:
             waited = max(0.0, time.time() - (job.ending_since or 0.0))
-            crawl.deadline = time.monotonic() + self.settings.kill_after - waited
-        elif timeout := job.timeout or self.settings.job_timeout:
+            crawl.deadline = time.monotonic() + self.options.kill_after - waited
+        elif timeout := job.timeout or self.options.job_timeout:
             crawl.deadline = crawl.began + timeout
         self._wake.set()
 
     def _fire(self, now: float) -> list[Job]:
-        """Return the schedules that are due, with their next due time, and their runs.
-
-        They are at most some hundreds in a change, so that requests are served in between.
-        """
-        if len(self._due) > 1000 + 2 * len(self.jobs):  # most are of canceled schedules
-            scheduled = self._select([Status.SCHEDULED])
-            self._due = [(job.due, job.identifier) for job in scheduled if job.due is not None]
-            heapq.heapify(self._due)
+        # The schedules that are due, with their next due time, and their runs: at most some
+        # hundreds in a change, so that requests are served in between.
         fired: dict[str, list[Job]] = {}  # by schedule: an entry may be there twice
         while self._due and self._due[0][0] <= now and len(fired) < 500:
             due, identifier = heapq.heappop(self._due)
             job = self.jobs.get(identifier)
             if job is not None and job.due == due and identifier not in fired:
                 fired[identifier] = self._make_run(job, due, now)
-        return [job for made in fired.values() for job in made]
+        return list(itertools.chain(*fired.values()))
 
     def _make_run(self, job: Job, due: float, now: float) -> list[Job]:
-        """Return a schedule with its next due time, and its run, unless a run waits already."""
+        # A schedule with its next due time, and its run, unless a run waits already.
         try:
             job = job._replace(due=job.recurrence().resume_after(due, now))
         except ScrapyDoError as error:
             return [self._finish(job, Status.FAILED, str(error))]
         last = self.jobs.get(job.run or "")
         if last is not None and last.status is Status.PENDING:
-            self._counts["runs-skipped"] += 1
+            self._counts["skipped"] += 1
             log(f"{describe(job)} is due but skipped, since run {last.identifier} still waits")
             return [job]
         run = job._replace(
             identifier=new_identifier(), status=Status.PENDING, actor="SCHEDULER", schedule="now",
             timestamp=now, origin=now, due=None, run=None, scheduled_by=job.identifier,
-        )  # fmt: skip
+        )
         return [job._replace(run=run.identifier), run]
 
     def _reap_orphans(self) -> None:
-        """Reap processes that crawls left behind and that have ended. `lock` is held."""
+        # Reap processes that crawls left behind and that have ended. `lock` is held.
         known = {crawl.pid for crawl in self._crawls.values()}
         with contextlib.suppress(OSError):  # without file descriptors it has to wait
             for pid in child_pids(os.getpid()):
@@ -1832,9 +1773,10 @@ class Daemon:
 
     def dispatch(self) -> None:
         """Start the crawls for which there are slots. `lock` is held."""
-        if self.is_closing:
-            return
-        while job := self._waiting.pop([crawl.job for crawl in self._crawls.values() if crawl.job]):
+        while not self.is_closing:
+            job = self._waiting.pop([crawl.job for crawl in self._crawls.values() if crawl.job])
+            if job is None:
+                return
             if self.jobs.get(job.identifier) is job:  # else it was canceled while it waited
                 try:
                     self._start_thread(job)
@@ -1852,13 +1794,13 @@ class Daemon:
         return crawl
 
     def _run(self, job: Job, crawl: Crawl) -> None:
-        """See to a crawl, from its start unless it was adopted, to its end."""
+        # See to a crawl, from its start unless it was adopted, to its end.
         work = self.store.work / job.identifier
         problem = "" if crawl.pid else self._launch(job, crawl, work)
         if crawl.pid:
             crawl.wait()
             try:
-                crawl.end_rest(self.settings.kill_after)
+                crawl.end_rest(self.options.kill_after)
             except Exception:  # whatever it is, the slot comes free
                 log_crash(f"the end of job {job.identifier}")
         with self.lock:
@@ -1872,10 +1814,8 @@ class Daemon:
         remove_tree(work.with_suffix(".json"))
 
     def _launch(self, job: Job, crawl: Crawl, work: Path) -> str:
-        """Start a crawl in a working copy, unless its job was canceled meanwhile.
-
-        Return why that failed, "" if it did not.
-        """
+        # Start a crawl in a working copy, unless its job was canceled meanwhile. Return why that
+        # failed, "" if it did not.
         try:
             project = self._copy_code(job.project, work)
             logs = self.store.log_files(job.identifier)
@@ -1896,35 +1836,29 @@ class Daemon:
     def _start_scrapy(
         self, crawl: Crawl, project: Project, words: Sequence[str], logs: Sequence[Path]
     ) -> list[str]:
-        """Start Scrapy in a working copy, and return the command. `lock` is held.
-
-        Scrapy takes SCRAPY_PROJECT for the name of an option in [settings] of scrapy.cfg, where
-        most projects have none but `default`; so the settings module is named outright.
-        """
+        # Start Scrapy in a working copy, and return the command. `lock` is held.
         job, work, environment = crawl.job, self.store.work / crawl.identifier, outer_environment()
         folder = work / project.folder
         path = [str(self.store.shim), str(folder), environment.get("PYTHONPATH", "")]
-        order = {
-            "command": words[0], "settings": project.settings,
-            "report": str(work.with_suffix(".json")), "items": job is not None and job.items,
-        }  # fmt: skip
+        order = {"command": words[0], "settings": project.settings,
+                 "report": str(work.with_suffix(".json")), "items": job is not None and job.items}
         environment.update(
             SPIDER_DATA_DIR=str(self.store.spider_data), PYTHONIOENCODING="utf-8",
             PYTHONPATH=os.pathsep.join(filter(None, path)), SCRAPY_JOB=crawl.identifier,
             SCRAPY_PROJECT=project.name, SCRAPY_SPIDER=job.spider if job else "",
             SCRAPY_SETTINGS_MODULE=SHIM_MODULE, SCRAPY_DO=encode_json(order),
-        )  # fmt: skip
+        )
+        # Without a module, Scrapy takes SCRAPY_PROJECT for the name of an option in [settings] of
+        # scrapy.cfg, where most projects have none but `default`.
         if not project.settings:
             del environment["SCRAPY_SETTINGS_MODULE"]
-        command = [word.replace("{project}", project.name) for word in self.settings.scrapy]
+        command = [word.replace("{project}", project.name) for word in self.options.scrapy]
         crawl.start([*command, *words], folder, environment, logs)
         return command
 
     def _copy_code(self, name: str, work: Path) -> Project:
-        """Make a working copy of a project's code, and return the project.
-
-        Code that is gone, or that a crawl has changed, is unpacked anew.
-        """
+        # Make a working copy of a project's code, and return the project. Code that is gone, or
+        # that a crawl has changed, is unpacked anew.
         with self._code_lock:
             project = self.find_project(name)
             tree, fresh = self.store.tree(project), self.store.projects / new_identifier()
@@ -1933,7 +1867,6 @@ class Daemon:
                     return project
                 remove_tree(work)
                 unpack(tree.with_suffix(".zip"), fresh)
-                keep_bytecode(tree, fresh, is_stamped=True)
                 remove_tree(tree)
                 fresh.rename(tree)
                 copy_tree(str(tree), str(work))
@@ -1944,7 +1877,7 @@ class Daemon:
             return project
 
     def _save_end(self, job: Job, crawl: Crawl, problem: str) -> None:
-        """Reap a crawl and save how it ended, or why it was not started. `lock` is held."""
+        # Reap a crawl and save how it ended, or why it was not started. `lock` is held.
         exit_code = crawl.reap() if crawl.pid else None
         job = self.jobs.get(job.identifier, job)
         if job.status is Status.RUNNING:
@@ -1960,27 +1893,25 @@ class Daemon:
             project = self.find_project(job.project)
             known = {*os.listdir(self.store.tree(project) / project.folder), "__pycache__"}
             if new := sorted({*os.listdir(work / project.folder)} - known):
-                log(
-                    f"job {job.identifier} left {', '.join(map(quoted, new[:5]))} in its working"
+                log(f"job {job.identifier} left {', '.join(map(quoted, new[:5]))} in its working"
                     " copy, now deleted; write to $SPIDER_DATA_DIR instead, see 'Where results go'"
-                    " in the README"
-                )
+                    " in the README")
 
     def _ended(self, job: Job, exit_code: int | None, was_killed: bool) -> Job:
-        """Return a RUNNING job as it is after its end; an exit code of None stands for a crash."""
+        # A RUNNING job as it is after its end; an exit code of None stands for a crash.
         killed = "; it had to be killed, so its feeds may be cut off; see --kill-after"
         killed = killed if was_killed else ""
         if job.ending == "cancel":
             return self._finish(job, Status.CANCELED, BY_USER + killed)
         if job.ending == "timeout":
-            limit = job.timeout or self.settings.job_timeout
+            limit = job.timeout or self.options.job_timeout
             why = f"it ran longer than its timeout of {limit:.15g} s{killed}"
             return self._finish(job, Status.FAILED, why)
         if job.ending == "stop" or exit_code is None:
             return job._replace(
                 status=Status.PENDING, timestamp=time.time(), pid=None, started=None, ending="",
                 ending_since=None, duration=None, exit_code=None, stats=None,
-            )  # fmt: skip
+            )
         if exit_code == 0:
             return self._finish(job, Status.SUCCESSFUL, None)
         why = f"exit code {exit_code}; its log says why"
@@ -1989,17 +1920,16 @@ class Daemon:
         return self._finish(job, Status.FAILED, why)
 
     def _finish(self, job: Job, status: Status, reason: str | None) -> Job:
-        notice = bool(self.settings.on_finish) and job.status is not Status.SCHEDULED
         return job._replace(
             status=status, reason=reason, timestamp=time.time(), due=None, pid=None, ending="",
-            ending_since=None, notice=notice,
-        )  # fmt: skip
+            ending_since=None,
+            notice=bool(self.options.on_finish) and job.status is not Status.SCHEDULED,
+        )
 
     # Commands of --on-finish
 
     def _run_hooks(self) -> None:
-        while True:
-            job = self._notices.get()
+        for job in iter(self._notices.get, None):
             while self.store.is_behind:
                 time.sleep(RETRY_SECONDS)  # only an end that is on the disk is told
             try:
@@ -2010,11 +1940,11 @@ class Daemon:
                 environment = outer_environment()
                 environment.update(SCRAPY_DO_JOB=job.identifier, SCRAPY_DO_STATUS=job.status.value)
                 subprocess.run(
-                    [word.encode() for word in self.settings.on_finish], env=environment,
+                    [word.encode() for word in self.options.on_finish], env=environment,
                     input=(job_text(job) + "\n").encode("utf-8", "backslashreplace"),
                     stdout=subprocess.DEVNULL, timeout=NOTICE_SECONDS, start_new_session=True,
                     check=True,
-                )  # fmt: skip
+                )
             except Exception as error:
                 log(f"--on-finish failed for job {job.identifier}: {error}")
             self._is_hooking = False
@@ -2028,14 +1958,14 @@ def checked(name: str, parse: Callable[..., Any], text: str, *bounds: float) -> 
         raise BadRequest(f"the parameter '{name}' {error}") from None
 
 
-def check_arguments(
+def _check_arguments(
     description: str, payload: str, arg: Sequence[str], setting: Sequence[str]
 ) -> None:
-    """Raise BadRequest or TooLarge unless Scrapy can be given all this on its command line."""
+    # Scrapy must be able to get all this on its command line.
     texts = (description, payload, *arg, *setting)
     if len("".join(texts).encode("utf-8", "replace")) > ARGUMENT_BYTES:
         raise TooLarge("description, payload, args and settings may have at most "
-                       f"{ARGUMENT_BYTES} bytes together; put the data into a file")  # fmt: skip
+                       f"{ARGUMENT_BYTES} bytes together; put the data into a file")
     try:
         dict(**json.loads(payload))
     except (TypeError, ValueError, RecursionError) as error:
@@ -2047,22 +1977,21 @@ def check_arguments(
         raise BadRequest(f"the {wrong[0]} must be NAME=VALUE, like page=2 or LOG_LEVEL=INFO")
 
 
-def name_jobs(jobs: Sequence[Job]) -> str:
-    """Return a list of jobs for an error message."""
+def _name_jobs(jobs: Sequence[Job]) -> str:
     shown = [f"{job.identifier} ({job.spider}, {job.status.value})" for job in jobs[:10]]
     return ", ".join(shown) + (f" and {len(jobs) - 10} more" if len(jobs) > 10 else "")
 
 
-def describe_seconds(seconds: int) -> str:
-    """Return a time span like `1d 12m 24s`, without the parts that are zero."""
+def _describe_seconds(seconds: int) -> str:
+    # A time span like `1d 12m 24s`, without the parts that are zero.
     hours, minutes = seconds // 3600, seconds // 60
     parts = ((hours // 24, "d"), (hours % 24, "h"), (minutes % 60, "m"), (seconds % 60, "s"))
     return " ".join(f"{number}{unit}" for number, unit in parts if number) or "0s"
 
 
 @functools.lru_cache(maxsize=1)
-def memory_usage(tenth: int) -> float:
-    """Return the resident memory in MiB, asked for once in a tenth of a second."""
+def _memory_usage(tenth: int) -> float:
+    # The resident memory in MiB, asked for once in a tenth of a second.
     return float(psutil.Process().memory_info().rss / MIB)
 
 
@@ -2135,17 +2064,6 @@ class Tls:
         )
 
 
-class Rules(NamedTuple):
-    """What the command line says of the server. Times are seconds."""
-
-    max_upload: int = 256  # MiB
-    request_timeout: float = 60.0
-    max_connections: int = 256
-    allow_host: Sequence[str] = ()  # NAME or NAME:PORT
-    users: Mapping[str, str] | None = None  # passwords by name; None lets everybody in
-    tls: Tls | None = None
-
-
 def read_users(path: Path) -> dict[str, str]:
     """Return the passwords by user of a file with a line USER:PASSWORD each.
 
@@ -2191,7 +2109,7 @@ class Guard:
     listens to a request can so not send it again, or another body with its header.
     """
 
-    def __init__(self, rules: Rules):
+    def __init__(self, rules: argparse.Namespace):
         name = socket.gethostname().lower()
         self._aliases = {host.lower() for host in rules.allow_host}
         self._names = {"localhost", name, name.partition(".")[0]}
@@ -2783,7 +2701,7 @@ class Server(http.server.ThreadingHTTPServer):
 
     block_on_close = False  # so that socketserver keeps no list of all threads
 
-    def __init__(self, listening: socket.socket, daemon: Daemon, rules: Rules):
+    def __init__(self, listening: socket.socket, daemon: Daemon, rules: argparse.Namespace):
         """Take the connections of a socket that listens."""
         # What server_bind would do asks DNS for a name.
         super().__init__(listening.getsockname()[:2], Handler, bind_and_activate=False)
@@ -2902,6 +2820,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 HANDOVER = "SCRAPY_DO_HANDOVER"  # in the environment at a reload: the listening socket's number
 DRAIN_SECONDS = 2.0  # for the last answers at a stop or reload
 PROGRAM = (sys.executable, *sys.orig_argv[1:])  # what has started this process
+OWN_SCRAPY = (sys.executable, "-m", "scrapy")
 
 
 def parse_command(text: str) -> Strings:
@@ -2921,38 +2840,40 @@ def _parse_option(parse: Callable[..., Any], bounds: Sequence[float], text: str)
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
-OPTIONS = {  # by group: the name, the name of the value, how it is read, bounds, and the meaning
+# By group: the name, the default, the name of the value, how it is read, bounds, and the meaning.
+OPTIONS = {
     "where": (
-        ("--host", "HOST", str, (), "address, by default only for this machine (%(default)s)"),
-        ("--port", "PORT", parse_whole, (0, 65535), "port to listen on, 0 for any"),
-        ("--data-dir", "DIR", Path, (), "folder in which everything is kept (%(default)s)"),
+        ("--host", "127.0.0.1", "HOST", str, (), "address, by default only for this machine "
+         "(%(default)s)"),
+        ("--port", 7654, "PORT", parse_whole, (0, 65535), "port to listen on, 0 for any"),
+        ("--data-dir", Path("scrapy-do-data"), "DIR", Path, (), "folder in which everything is "
+         "kept (%(default)s)"),
     ),
     "crawls": (
-        ("--scrapy", "CMD", parse_command, (), "the command that is Scrapy; {project} in it stands "
-         "for the project's name (default: this Python's -m scrapy)"),
-        ("--job-slots", "COUNT", parse_whole, (1, 1000), "crawls that run at once"),
-        ("--project-slots", "COUNT", parse_whole, (0, 1000), "of one project, 0: no limit"),
-        ("--spider-slots", "COUNT", parse_whole, (0, 1000), "of one spider, 0: no limit"),
-        ("--job-timeout", "SECONDS", parse_seconds, (), "of jobs without one, 0: no limit"),
-        ("--kill-after", "SECONDS", parse_seconds, (), "from SIGTERM to SIGKILL"),
-        ("--list-timeout", "SECONDS", parse_seconds, (1,), "for 'scrapy list' at a push"),
-        ("--on-finish", "CMD", parse_command, (), "run after each job, which is its input"),
+        ("--scrapy", OWN_SCRAPY, "CMD", parse_command, (), "the command that is Scrapy; {project} "
+         "in it stands for the project's name (default: this Python's -m scrapy)"),
+        ("--job-slots", 3, "COUNT", parse_whole, (1, 1000), "crawls that run at once"),
+        ("--project-slots", 0, "COUNT", parse_whole, (0, 1000), "of one project, 0: no limit"),
+        ("--spider-slots", 0, "COUNT", parse_whole, (0, 1000), "of one spider, 0: no limit"),
+        ("--job-timeout", 0.0, "SECONDS", parse_seconds, (), "of jobs without one, 0: no limit"),
+        ("--kill-after", 30.0, "SECONDS", parse_seconds, (), "from SIGTERM to SIGKILL"),
+        ("--list-timeout", 60.0, "SECONDS", parse_seconds, (1,), "for 'scrapy list' at a push"),
+        ("--on-finish", (), "CMD", parse_command, (), "run after each job, which is its input"),
     ),
     "finished jobs": (
-        ("--completed-cap", "COUNT", parse_whole, (1, 10**6), "how many are kept"),
-        ("--keep-days", "DAYS", parse_whole, (0, 10**5), "for how long, 0: no limit"),
-        ("--keep-mib", "MIB", parse_whole, (0, 10**9), "of logs in all, 0: no limit"),
+        ("--completed-cap", 500, "COUNT", parse_whole, (1, 10**6), "how many are kept"),
+        ("--keep-days", 0, "DAYS", parse_whole, (0, 10**5), "for how long, 0: no limit"),
+        ("--keep-mib", 0, "MIB", parse_whole, (0, 10**9), "of logs in all, 0: no limit"),
     ),
     "clients": (
-        ("--auth-file", "FILE", Path, (), "users who may come in, a line USER:PASSWORD each"),
-        ("--tls-cert", "FILE", Path, (), "certificate chain; with it only HTTPS is spoken"),
-        ("--tls-key", "FILE", Path, (), "its private key, if that is in a file of its own"),
-        ("--tls-password-file", "FILE", Path, (), "the password of the key, if it has one"),
-        ("--max-upload", "MIB", parse_whole, (1, 10**6), "largest body of a request"),
-        ("--max-connections", "COUNT", parse_whole, (1, 10**5), "connections at once"),
-        ("--request-timeout", "SECONDS", parse_seconds, (1,), "for a request to arrive"),
+        ("--auth-file", None, "FILE", Path, (), "users who may come in, a line USER:PASSWORD each"),
+        ("--tls-cert", None, "FILE", Path, (), "certificate chain; with it only HTTPS is spoken"),
+        ("--tls-key", None, "FILE", Path, (), "its private key, if that is in a file of its own"),
+        ("--max-upload", 256, "MIB", parse_whole, (1, 10**6), "largest body of a request"),
+        ("--max-connections", 256, "COUNT", parse_whole, (1, 10**5), "connections at once"),
+        ("--request-timeout", 60.0, "SECONDS", parse_seconds, (1,), "for a request to arrive"),
     ),
-}  # fmt: skip
+}
 
 
 def parse_options(argv: list[str] | None) -> argparse.Namespace:
@@ -2963,53 +2884,46 @@ def parse_options(argv: list[str] | None) -> argparse.Namespace:
         epilog="@FILE takes options from a file, one word a line. The README explains all.",
         # To find out the width of a terminal takes argparse imports of 2 ms and 0.6 MiB.
         formatter_class=functools.partial(argparse.HelpFormatter, width=79, max_help_position=28),
-    )  # fmt: skip
+    )
     for title, rows in OPTIONS.items():
         group = parser.add_argument_group(title)
-        for name, metavar, parse, bounds, meaning in rows:
+        for name, default, metavar, parse, bounds, meaning in rows:
             shown = " (%(default)g)" if parse in (parse_whole, parse_seconds) else ""
             read = functools.partial(_parse_option, parse, bounds)
-            group.add_argument(name, metavar=metavar, type=read, help=meaning + shown)
+            group.add_argument(name, default=default, metavar=metavar, type=read,
+                               help=meaning + shown)
     group.add_argument("--no-auth", action="store_true", help="let in everybody on any --host")
-    group.add_argument("--allow-host", metavar="NAME", action="append",
+    group.add_argument("--allow-host", metavar="NAME", action="append", default=[],
                        help="one more name of this machine, or NAME:PORT; may be repeated")
     parser.add_argument("--version", action="store_true", help="say the version, and no more")
-    parser.set_defaults(
-        host="127.0.0.1", port=7654, data_dir=Path("scrapy-do-data"),
-        **Settings()._asdict(), **Rules(allow_host=[])._asdict(),
-    )  # fmt: skip
+    parser.set_defaults(users=None, tls=None)  # until `read_files`
     options = parser.parse_args(argv)
     if options.auth_file and options.no_auth:
         parser.error("--auth-file and --no-auth contradict each other")
-    if (options.tls_key or options.tls_password_file) and not options.tls_cert:
-        parser.error("--tls-key and --tls-password-file need --tls-cert")
+    if options.tls_key and not options.tls_cert:
+        parser.error("--tls-key needs --tls-cert")
     return options
 
 
-def read_rules(options: argparse.Namespace) -> Rules:
-    """Return the rules of the server. Raise ScrapyDoError for a host or files that will not do."""
+def read_files(options: argparse.Namespace) -> None:
+    """Read the users and the certificate. Raise ScrapyDoError for what will not do."""
     is_local = options.host.startswith("127.") or options.host in ("::1", "localhost")
     if not (is_local or options.auth_file or options.no_auth):
-        raise ScrapyDoError(
-            f"whoever reaches {options.host} could run code as this user; name users by"
-            " --auth-file, or say --no-auth if a proxy or firewall checks them"
-        )
+        raise ScrapyDoError(f"whoever reaches {options.host} could run code as this user; name"
+                            " users by --auth-file, or say --no-auth if a proxy or firewall"
+                            " checks them")
     if options.on_finish and not shutil.which(options.on_finish[0]):
-        raise ScrapyDoError(
-            f"--on-finish {options.on_finish[0]} cannot be executed; mend the path, or have it"
-            " executable by chmod +x"
-        )
-    users = read_users(options.auth_file) if options.auth_file else None
-    files = (options.tls_cert, options.tls_key, options.tls_password_file)
-    return Rules(
-        options.max_upload, options.request_timeout, options.max_connections, options.allow_host,
-        users, Tls(*files) if options.tls_cert else None,
-    )  # fmt: skip
+        raise ScrapyDoError(f"--on-finish {options.on_finish[0]} cannot be executed; mend the"
+                            " path, or have it executable by chmod +x")
+    if options.auth_file:
+        options.users = read_users(options.auth_file)
+    if options.tls_cert:
+        options.tls = Tls(options.tls_cert, options.tls_key, None)
 
 
-def warn_of_surroundings(scrapy: Sequence[str]) -> None:
-    """Log what will not work later, though the daemon can start."""
-    if scrapy == Settings().scrapy and importlib.util.find_spec("scrapy") is None:
+def _warn_of_surroundings(scrapy: Sequence[str]) -> None:
+    # What will not work later, though the daemon can start.
+    if scrapy == OWN_SCRAPY and importlib.util.find_spec("scrapy") is None:
         log(f"warning: Scrapy is missing; run '{sys.executable} -m pip install scrapy'")
     elif "{project}" not in scrapy[0] and not shutil.which(scrapy[0]):
         log(f"warning: there is no command '{scrapy[0]}'; install it, or see --scrapy")
@@ -3019,89 +2933,82 @@ def warn_of_surroundings(scrapy: Sequence[str]) -> None:
         log(f"warning: there is no time zone {quoted(zone)}, so times are UTC; set TZ to another")
 
 
-def listen(options: argparse.Namespace) -> socket.socket:
-    """Return a socket that listens, after a reload the former program's, or raise ScrapyDoError."""
+def _listen(options: argparse.Namespace) -> socket.socket:
+    # After a reload it is the socket of the former program.
     if HANDOVER in os.environ:
         return socket.socket(fileno=int(os.environ.pop(HANDOVER)))
     family = socket.AF_INET6 if ":" in options.host else socket.AF_INET
     try:  # the kernel keeps so many connections until they are accepted
         return socket.create_server((options.host, options.port), family=family, backlog=1024)
     except OSError as error:
-        raise ScrapyDoError(
-            f"cannot listen on {options.host}, port {options.port}: {error.strerror or error};"
-            " choose another --port or --host, or stop the program that uses it"
-        ) from None
+        raise ScrapyDoError(f"cannot listen on {options.host}, port {options.port}:"
+                            f" {error.strerror or error}; choose another --port or --host, or stop"
+                            " the program that uses it") from None
 
 
-def tell_supervisor(state: str) -> None:
-    """Tell the service manager that started the daemon how it is, see sd_notify(3)."""
+def _tell_supervisor(state: str) -> None:
+    # The service manager that has started the daemon wants to know, see sd_notify(3).
     address = os.environ.get("NOTIFY_SOCKET", "")
     with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as wire:
         wire.sendto(state.encode(), re.sub("^@", "\0", address))  # "" is an OSError
 
 
-def check_program(host: str) -> None:
-    """Raise ScrapyDoError if the program, maybe a newer version, cannot start with our options."""
+def _check_program(host: str) -> None:
+    # The program, maybe a newer version, must be able to start with our options.
     asked = subprocess.run(
         [*PROGRAM, "--version", "--host", host], stdin=subprocess.DEVNULL, capture_output=True,
         text=True, timeout=10.0,  # new clients wait meanwhile
-    )  # fmt: skip
+    )
     if not asked.stdout.startswith("scrapy-do "):  # the exit status may have been reaped elsewhere
         problem = (asked.stderr.strip() or "it does not say its version").splitlines()[-1]
         raise ScrapyDoError(f"the program cannot be started: {problem}")
 
 
-def reload(daemon: Daemon, server: Server, signals: socket.socket) -> None:
-    """Have the program executed anew; return when that is refused, and all goes on."""
-    tell_supervisor(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
+def _reexec(daemon: Daemon, server: Server, signals: socket.socket) -> None:
+    # Execute the program anew in this process; return when that is refused, and all goes on, or
+    # when there is a signal to look at first. The lock is held, so no child is started or reaped
+    # and no record changes until the next program has loaded them. Our children are its children,
+    # see execve(2); clients wait at the same socket.
+    _tell_supervisor(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
     try:
-        check_program(server.socket.getsockname()[0])  # the next program keeps this address
+        _check_program(server.socket.getsockname()[0])  # the next program keeps this address
         log("reloading; crawls run on")
         server.drain(DRAIN_SECONDS)
-        reexec(daemon, server.socket, signals)
+        with daemon.lock:
+            if daemon.store.is_behind:
+                raise ScrapyDoError(f"the state cannot be saved in {daemon.store.folder}")
+            server.socket.set_inheritable(True)  # subprocess closes it all the same
+            # A signal that comes from now on stays pending, and is for the next program.
+            signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+            if not select.select([signals], [], [], 0)[0]:
+                handover = {HANDOVER: str(server.socket.fileno())}
+                os.execve(PROGRAM[0], PROGRAM, {**os.environ, **handover})
     except (ScrapyDoError, OSError, ValueError, subprocess.SubprocessError) as error:
         log(f"not reloaded, all goes on as before: {error}; mend that and send SIGHUP again")
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
-    tell_supervisor("READY=1")
-
-
-def reexec(daemon: Daemon, listening: socket.socket, signals: socket.socket) -> None:
-    """Execute the program anew in this process; return if there is a signal to look at first.
-
-    The lock is held, so no child is started or reaped and no record changes until the next program
-    has loaded them. Our children are its children, see execve(2); clients wait at the same socket.
-    """
-    with daemon.lock:
-        if daemon.store.is_behind:
-            raise ScrapyDoError(f"the state cannot be saved in {daemon.store.folder}")
-        listening.set_inheritable(True)  # subprocess closes it all the same
-        # A signal that comes from now on stays pending, and is for the next program.
-        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-        if not select.select([signals], [], [], 0)[0]:
-            os.execve(PROGRAM[0], PROGRAM, {**os.environ, HANDOVER: str(listening.fileno())})
+    _tell_supervisor("READY=1")
 
 
 def serve(options: argparse.Namespace, signals: socket.socket) -> None:
     """Run the daemon until a signal stops it. Raise ScrapyDoError when it cannot start."""
     is_reloaded = HANDOVER in os.environ
-    with listen(options) as listening:
+    with _listen(options) as listening:
         options.host, options.port = listening.getsockname()[:2]  # after a reload those of before
-        rules = read_rules(options)
-        settings = Settings(**{name: getattr(options, name) for name in Settings._fields})
+        read_files(options)
         with contextlib.closing(Store(Path(os.path.realpath(options.data_dir)))) as store:
-            warn_of_surroundings(settings.scrapy)
-            daemon = Daemon(store, settings)
+            _warn_of_surroundings(options.scrapy)
+            daemon = Daemon(store, options)
             daemon.start(is_reloaded)
-            server = Server(listening, daemon, rules)
+            server = Server(listening, daemon, options)
             host = f"[{options.host}]" if ":" in options.host else options.host
-            url = f"{'https' if rules.tls else 'http'}://{host}:{options.port}"
+            url = f"{'https' if options.tls else 'http'}://{host}:{options.port}"
             log(f"scrapy-do {__version__} listens on {url} and keeps everything in {store.folder}")
-            tell_supervisor("READY=1")
+            _tell_supervisor("READY=1")
 
             while not {signal.SIGTERM, signal.SIGINT} & set(server.serve_until(signals)):
-                reload(daemon, server, signals)
+                _reexec(daemon, server, signals)
 
-            tell_supervisor("STOPPING=1")
+            _tell_supervisor("STOPPING=1")
             log("stopping: crawls are being ended, their jobs will run again at the next start")
             listening.close()
             daemon.close()
@@ -3132,7 +3039,7 @@ def prepare_process() -> socket.socket:
             log("SIGHUP is ignored, as nohup has it, so it does not reload")
         else:
             signal.signal(number, lambda number, frame: None)  # SIG_IGN would be inherited
-    signal.pthread_sigmask(signal.SIG_SETMASK, ())  # the parent, or `reexec`, may block some
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())  # the parent, or `_reexec`, may block some
     return signals
 
 
@@ -3141,7 +3048,7 @@ def main(argv: list[str] | None = None) -> None:
     options = parse_options(argv)
     try:
         if options.version:
-            read_rules(options)  # with all the files, since `check_program` asks for that
+            read_files(options)  # with all the files, since `_check_program` asks for that
             print(f"scrapy-do {__version__}")
         else:
             serve(options, prepare_process())

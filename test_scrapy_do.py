@@ -200,23 +200,31 @@ class Client:
         return data.decode()
 
 
+def make_options(**changes):
+    """The options that a daemon has which is started without any, but for these."""
+    options = scrapy_do.parse_options([])
+    vars(options).update(changes)
+    return options
+
+
 class Inside(Client):
     """A daemon in this process, so that a test can reach into its surroundings."""
 
     def __init__(self, folder, scrapy, **settings):
         self.store = scrapy_do.Store(folder / "data")
-        self.daemon = scrapy_do.Daemon(self.store, scrapy_do.Settings(scrapy=scrapy, **settings))
+        self.options = make_options(scrapy=scrapy, max_upload=4, **settings)
+        self.daemon = scrapy_do.Daemon(self.store, self.options)
         self.listening = socket.create_server(("127.0.0.1", 0), backlog=1024)
         self.port = self.listening.getsockname()[1]
-        self.server = scrapy_do.Server(self.listening, self.daemon, scrapy_do.Rules(max_upload=4))
+        self.server = scrapy_do.Server(self.listening, self.daemon, self.options)
         self.daemon.start()
         self.signals, self.wake = socket.socketpair()
         self.thread = threading.Thread(target=self.server.serve_until, args=(self.signals,))
         self.thread.start()
 
-    def limit(self, **rules):
-        self.server.rules = self.server.rules._replace(**rules)
-        self.server.guard = scrapy_do.Guard(self.server.rules)
+    def limit(self, **options):
+        vars(self.options).update(options)
+        self.server.guard = scrapy_do.Guard(self.options)
 
     def close(self):
         self.wake.send(b"x")
@@ -2843,7 +2851,7 @@ def test_a_hung_spider_of_a_schedule_holds_one_slot_and_a_run_that_waits_is_the_
 def test_the_job_that_starts_is_always_the_first_that_may(limits):
     """All steps are drawn; what starts is compared with a search through all jobs that wait."""
     draw = random.Random(str(limits))
-    line = scrapy_do.Waiting(scrapy_do.Settings(job_slots=4, **limits))
+    line = scrapy_do.Waiting(make_options(job_slots=4, **limits))
     queued, held, dropped = [], [], set()
 
     def may_start(job):
@@ -2878,7 +2886,7 @@ def test_the_job_that_starts_is_always_the_first_that_may(limits):
 
 
 def test_a_start_does_not_go_through_all_jobs_that_a_limit_holds_back(monkeypatch):
-    line = scrapy_do.Waiting(scrapy_do.Settings(job_slots=3, spider_slots=1))
+    line = scrapy_do.Waiting(make_options(job_slots=3, spider_slots=1))
     for number in range(10_000):
         line.put(make_job(number, spider="blocked"))
     first = line.pop([])
@@ -4490,7 +4498,7 @@ def test_as_the_first_process_of_a_container_it_reaps_what_crawls_leave(outside,
         (["--scrapy", "'"], "--scrapy: No closing quotation"),
         (["--colour"], "unrecognized arguments: --colour"),
         (["--po", "1"], "unrecognized arguments: --po 1"),
-        (["--tls-key", "x"], "--tls-key and --tls-password-file need --tls-cert"),
+        (["--tls-key", "x"], "--tls-key needs --tls-cert"),
         (["--no-auth", "--auth-file", "x"], "--auth-file and --no-auth contradict each other"),
     ],
     ids=lambda value: "".join(value) if isinstance(value, list) else "",
