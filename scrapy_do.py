@@ -1669,9 +1669,9 @@ class Daemon:
         share = (self._cpu_mark[0] - cpu) / max(1e-6, now - instant)
         statuses = Counter(job.status for job in list(self.jobs.values()))
         return {
-            "memory-usage": _memory_usage(int(10 * now)), "cpu-usage": round(100 * share, 1),
+            **_ask_system(int(10 * now)), "cpu-usage": round(100 * share, 1),
             "time": local_time(time.time()), "timezone": "; ".join(time.tzname),
-            "hostname": socket.gethostname(), "uptime": _describe_seconds(int(now - self._began)),
+            "uptime": _describe_seconds(int(now - self._began)),
             "jobs-run": self._counts[Status.RUNNING],
             **{f"jobs-{status.value.lower()}": self._counts[status] for status in COMPLETED},
             "runs-skipped": self._counts["skipped"],
@@ -1773,10 +1773,9 @@ class Daemon:
 
     def dispatch(self) -> None:
         """Start the crawls for which there are slots. `lock` is held."""
-        while not self.is_closing:
-            job = self._waiting.pop([crawl.job for crawl in self._crawls.values() if crawl.job])
-            if job is None:
-                return
+        if self.is_closing:
+            return
+        while job := self._waiting.pop([crawl.job for crawl in self._crawls.values() if crawl.job]):
             if self.jobs.get(job.identifier) is job:  # else it was canceled while it waited
                 try:
                     self._start_thread(job)
@@ -1900,13 +1899,14 @@ class Daemon:
     def _ended(self, job: Job, exit_code: int | None, was_killed: bool) -> Job:
         # A RUNNING job as it is after its end; an exit code of None stands for a crash.
         killed = "; it had to be killed, so its feeds may be cut off; see --kill-after"
-        killed = killed if was_killed else ""
-        if job.ending == "cancel":
-            return self._finish(job, Status.CANCELED, BY_USER + killed)
-        if job.ending == "timeout":
-            limit = job.timeout or self.options.job_timeout
-            why = f"it ran longer than its timeout of {limit:.15g} s{killed}"
-            return self._finish(job, Status.FAILED, why)
+        asked = {
+            "cancel": (Status.CANCELED, BY_USER),
+            "timeout": (Status.FAILED, "it ran longer than its timeout of"
+                        f" {job.timeout or self.options.job_timeout:.15g} s"),
+        }
+        if job.ending in asked:
+            status, why = asked[job.ending]
+            return self._finish(job, status, why + (killed if was_killed else ""))
         if job.ending == "stop" or exit_code is None:
             return job._replace(
                 status=Status.PENDING, timestamp=time.time(), pid=None, started=None, ending="",
@@ -1990,9 +1990,10 @@ def _describe_seconds(seconds: int) -> str:
 
 
 @functools.lru_cache(maxsize=1)
-def _memory_usage(tenth: int) -> float:
-    # The resident memory in MiB, asked for once in a tenth of a second.
-    return float(psutil.Process().memory_info().rss / MIB)
+def _ask_system(tenth: int) -> dict[str, Any]:
+    # Once in a tenth of a second: a system call hands the interpreter to another thread.
+    memory = psutil.Process().memory_info().rss / MIB
+    return {"memory-usage": float(memory), "hostname": socket.gethostname()}
 
 
 # ---- 7. HTTP ---------------------------------------------------------------------------------
