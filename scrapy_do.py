@@ -1251,17 +1251,15 @@ class Waiting:
 
     def _limits(self, job: Job) -> tuple[tuple[Any, int], ...]:
         # What a job counts for, with the limits; runs of one schedule never overlap.
-        limits = (
-            (("run", job.scheduled_by), 1 if job.scheduled_by else 0),
-            (("project", job.project), self._options.project_slots),
-            (("spider", job.project, job.spider), self._options.spider_slots),
-        )
+        limits = ((("run", job.scheduled_by), 1 if job.scheduled_by else 0),
+                  (("project", job.project), self._options.project_slots),
+                  (("spider", job.project, job.spider), self._options.spider_slots))
         return tuple((key, most) for key, most in limits if most)
 
     def put(self, job: Job) -> None:
         """Have a job wait."""
-        line = self._lines.setdefault(self._limits(job), [])
-        heapq.heappush(line, (-job.priority, job.origin, next(self._numbers), job))
+        entry = (-job.priority, job.origin, next(self._numbers), job)
+        heapq.heappush(self._lines.setdefault(self._limits(job), []), entry)
 
     def pop(self, running: Collection[Job]) -> Job | None:
         """Return the next job, beside those that have a slot; None when no job may start."""
@@ -1559,9 +1557,9 @@ class Daemon:
             ]
             self.save(*jobs)
             self.dispatch()
-        identifiers = [job.identifier for job in jobs]
-        several = {"identifiers": identifiers} if len(jobs) > 1 else {}
-        return {"identifier": identifiers[0], "next_run": local_time(jobs[0].due), **several}
+        several = {"identifiers": [job.identifier for job in jobs]} if len(jobs) > 1 else {}
+        answer = {"identifier": jobs[0].identifier, "next_run": local_time(jobs[0].due)}
+        return {**answer, **several}
 
     def _find_spiders(self, project: str, names: Sequence[str]) -> list[str]:
         known = self.find_project(project).spiders
@@ -1892,9 +1890,8 @@ class Daemon:
             project = self.find_project(job.project)
             known = {*os.listdir(self.store.tree(project) / project.folder), "__pycache__"}
             if new := sorted({*os.listdir(work / project.folder)} - known):
-                log(f"job {job.identifier} left {', '.join(map(quoted, new[:5]))} in its working"
-                    " copy, now deleted; write to $SPIDER_DATA_DIR instead, see 'Where results go'"
-                    " in the README")
+                log(f"job {job.identifier} left {', '.join(map(quoted, new[:5]))} in its copy, which is"
+                    " deleted; write to $SPIDER_DATA_DIR, see 'Where results go' in the README")
 
     def _ended(self, job: Job, exit_code: int | None, was_killed: bool) -> Job:
         # A RUNNING job as it is after its end; an exit code of None stands for a crash.
@@ -1984,8 +1981,8 @@ def _name_jobs(jobs: Sequence[Job]) -> str:
 
 def _describe_seconds(seconds: int) -> str:
     # A time span like `1d 12m 24s`, without the parts that are zero.
-    hours, minutes = seconds // 3600, seconds // 60
-    parts = ((hours // 24, "d"), (hours % 24, "h"), (minutes % 60, "m"), (seconds % 60, "s"))
+    parts = ((seconds // 86400, "d"), (seconds // 3600 % 24, "h"), (seconds // 60 % 60, "m"),
+             (seconds % 60, "s"))
     return " ".join(f"{number}{unit}" for number, unit in parts if number) or "0s"
 
 
