@@ -1890,7 +1890,7 @@ class Daemon:
             project = self.find_project(job.project)
             known = {*os.listdir(self.store.tree(project) / project.folder), "__pycache__"}
             if new := sorted({*os.listdir(work / project.folder)} - known):
-                log(f"job {job.identifier} left {', '.join(map(quoted, new[:5]))} in its copy, which is"
+                log(f"job {job.identifier} left {', '.join(map(quoted, new[:5]))} in its copy, now"
                     " deleted; write to $SPIDER_DATA_DIR, see 'Where results go' in the README")
 
     def _ended(self, job: Job, exit_code: int | None, was_killed: bool) -> Job:
