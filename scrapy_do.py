@@ -164,15 +164,30 @@ UNIT_SECONDS = {"second": 1, "minute": 60, "hour": 3600, "day": 86400, "week": 7
 ELAPSED_UNITS = ("second", "minute", "hour")  # the others are days on the local calendar
 LAST_INSTANT = 253402214400.0  # 9999-12-31 00:00 UTC: still the year 9999 in every time zone
 WEEKDAYS = ("monday", "tuesday", "wednesday", "thursday", "friday", "saturday", "sunday")
-DAY_NAMES = {
-    **{name: frozenset({day}) for day, name in enumerate(WEEKDAYS)},
-    "weekday": frozenset(range(5)), "weekend": frozenset({5, 6}),
-}
+DAY_NAMES = {"weekday": frozenset(range(5)), "weekend": frozenset({5, 6}),
+             **{name: frozenset({day}) for day, name in enumerate(WEEKDAYS)}}
 TIME_FORMS = {  # unit: what the first number of its times counts, their form, and examples
     "day": (3600, r"(?a)\d:[0-5]\d|([01]\d|2[0-3]):[0-5]\d(:[0-5]\d)?", "9:30, 18:00 or 23:59:59"),
     "hour": (60, r"(?a)([0-5]\d)?:[0-5]\d", ":15 (minute 15) or 00:15 (second 15)"),
     "minute": (1, r"(?a):[0-5]\d", ":15 (second 15)"),
 }
+
+
+SPEC_FORMS = (
+    "now | every [N | A to B] seconds|minutes|hours|days|weeks [at TIME] | "
+    "every day|weekday|weekend|monday, friday and sunday [at 6:00 and 18:30]"
+)
+NO_BEGINS = (  # what is wrong with a sentence that begins otherwise than with 'now' or 'every'
+    ("@|([0-9*/,-]+ ){3}", "cron syntax is not read"),
+    ("(at|in|next|on|once|today|tomorrow|tonight) ", "one-off runs are only possible by 'now'"),
+    ("", "a schedule starts with 'now' or 'every'"),
+)
+CRON_LINES = {
+    "@hourly": "every hour at :00", "@daily": "every day at 0:00", "* * * * *": "every minute",
+    "@weekly": "every sunday at 0:00",
+    **{f"*/{n} * * * *": f"every {n} minutes" for n in (2, 3, 4, 5, 6, 10, 12, 15, 20, 30)},
+}
+CRON_DAYS = {"*": "day", "1-5": "weekday", **{str(n): WEEKDAYS[n - 1] for n in range(8)}}
 
 
 def _want(is_right: object, problem: str) -> None:
@@ -207,15 +222,11 @@ class Recurrence(NamedTuple):
     def anchored(self, origin: float) -> Recurrence:
         """Return the recurrence with the time of day of `origin` where the spec left it open."""
         # Otherwise a run that a spring gap delayed would hand the delay on to all later runs.
-        is_open = not self.times and self.unit not in ELAPSED_UNITS
-        time_of_day = (origin + _utc_offset(origin)) % DAY_SECONDS
-        return self._replace(times=(time_of_day,)) if is_open else self
+        is_set = self.times or self.unit in ELAPSED_UNITS
+        return self if is_set else self._replace(times=(self._wall_of(origin) % DAY_SECONDS,))
 
     def next_after(self, moment: float, rng: Any = random) -> float:
-        """Return the first due time after `moment`, both in POSIX seconds; `rng` draws the units.
-
-        Raise ScrapyDoError when it may be past the year 9999, whatever is drawn.
-        """
+        """Return the POSIX time due after `moment`. Raise ScrapyDoError if it may be past 9999."""
         size = UNIT_SECONDS[self.unit]
         # Beside the units, a weekday may be 7 days away; the rest is for time zones and gaps.
         _want(moment + self.high * size + 9 * DAY_SECONDS <= LAST_INSTANT,
@@ -268,12 +279,10 @@ class Recurrence(NamedTuple):
 
 # The parser: each function removes the words that fit from those that are left, which "" ends. The
 # first that does not fit stays, and the error says what is wrong with it.
-
-
 @functools.lru_cache(maxsize=1024)  # lists of jobs ask for the same few specs again and again
 def parse_spec(text: str) -> Recurrence | None:
     """Return when a job is due; None is 'now'. Raise ScrapyDoError where the spec errs."""
-    # All weekdays and a time for each quarter of an hour fit.
+    # All weekdays and a time for each quarter of an hour fit into 1000.
     _want(len(text) <= 1000, "schedule not understood: it has more than 1000 characters")
     words = re.sub(r",(\s*and\s)?", " , ", text.lower()).split()
     recurrence, left, problem = _read(words)
@@ -282,8 +291,8 @@ def parse_spec(text: str) -> Recurrence | None:
     where = (f"it ends too early: {problem}; in the shell, spaces need quotes:"
              " -F 'when=every monday at 12:30'")
     if left:
-        meant = _meant(_cron_sentence(words).split() or words)
-        where = f"{quoted(left[0])} does not fit: {problem}{meant}"
+        where = (f"{quoted(left[0])} does not fit: {problem}"
+                 f"{_meant(_cron_sentence(words).split() or words)}")
     raise BadRequest(f"schedule not understood: {where}. The forms: {SPEC_FORMS}")
 
 
@@ -306,9 +315,9 @@ def _parse_sentence(rest: list[str]) -> Recurrence | None:
               f"{unit}s take no time; weekdays do, as in 'every monday at 12:30'")
         rest.pop(0)
         scale, form, examples = TIME_FORMS[unit]
-        read = functools.partial(_read_time, scale, form)
         is_list = unit == "day" and recurrence.high == 1
-        times = _parse_list(rest, read, f"a time like {examples}", is_list)
+        times = _parse_list(rest, functools.partial(_read_time, scale, form),
+                            f"a time like {examples}", is_list)
         recurrence = recurrence._replace(times=tuple(sorted(times)))
     _want(rest[0] not in (",", "and"),
           "only weekdays, and the times of weekdays and 'every day', can be a list")
@@ -324,8 +333,8 @@ def _parse_interval(rest: list[str]) -> Recurrence:
         rest.pop(0)
         numbers.append(_parse_number(rest, numbers[0]))
     unit = rest[0].removesuffix("s")
-    wanted = "a unit of time is" if numbers else "a unit of time or a weekday is"
-    _want(unit in UNIT_SECONDS, f"{wanted} wanted here")
+    _want(unit in UNIT_SECONDS,
+          f"a unit of time{'' if numbers else ' or a weekday'} is wanted here")
     _want(rest[0] != unit or numbers in ([], [1]), "the plural is wanted here")
     low, high = min(numbers, default=1), max(numbers, default=1)
     _want(high * UNIT_SECONDS[unit] <= 36525 * DAY_SECONDS, "an interval is at most 100 years")
@@ -340,15 +349,12 @@ def _parse_number(rest: list[str], least: int) -> int:
 
 
 def _read_time(scale: int, form: str, word: str) -> frozenset[int]:
-    numbers = enumerate(re.findall("[0-9]+", word))
-    seconds = sum(int(number) * scale // 60**place for place, number in numbers)
+    seconds = sum(int(n) * scale // 60**place for place, n in enumerate(re.findall("[0-9]+", word)))
     return frozenset({seconds} if re.fullmatch(form, word) else ())
 
 
-def _parse_list(
-    rest: list[str], read: Callable[[str], frozenset[int] | None], wanted: str,
-    is_list: bool = True, found: frozenset[int] = frozenset(),
-) -> frozenset[int]:
+def _parse_list(rest: list[str], read: Callable[[str], frozenset[int] | None], wanted: str,
+                is_list: bool = True, found: frozenset[int] = frozenset()) -> frozenset[int]:
     values = read(rest[0]) or frozenset()
     _want(values, f"{wanted} is wanted here")
     _want(not found & values, "it is given twice")
@@ -359,39 +365,20 @@ def _parse_list(
     return _parse_list(rest, read, wanted, is_list, found | values)
 
 
-# What a refusal shows; a sentence that it suggests has been read by the parser above.
-SPEC_FORMS = (
-    "now | every [N | A to B] seconds|minutes|hours|days|weeks [at TIME] | "
-    "every day|weekday|weekend|monday, friday and sunday [at 6:00 and 18:30]"
-)
-NO_BEGINS = (  # what is wrong with a sentence that begins otherwise than with 'now' or 'every'
-    ("@|([0-9*/,-]+ ){3}", "cron syntax is not read"),
-    ("(at|in|next|on|once|today|tomorrow|tonight) ", "one-off runs are only possible by 'now'"),
-    ("", "a schedule starts with 'now' or 'every'"),
-)
-CRON_LINES = {
-    "@hourly": "every hour at :00", "@daily": "every day at 0:00",
-    "@weekly": "every sunday at 0:00", "* * * * *": "every minute",
-    **{f"*/{n} * * * *": f"every {n} minutes" for n in (2, 3, 4, 5, 6, 10, 12, 15, 20, 30)},
-}
-CRON_DAYS = {"*": "day", "1-5": "weekday", **{str(n): WEEKDAYS[n - 1] for n in range(8)}}
-
-
 def _meant(words: list[str], repairs: int = 5) -> str:
     # Return the advice to write what was meant, put right word by word; "" if that leads nowhere.
     _, left, problem = _read(words)
     if not problem:
         return f"; write '{' '.join(words).replace(' ,', ',')}'"
     found = _repairs(left[0]) if left and repairs else []
-    begin = words[: len(words) - len(left)]
-    trials = [[*begin, *repair.split(), *left[1:]] for repair in found]
+    trials = [[*words[: len(words) - len(left)], *repair.split(), *left[1:]] for repair in found]
     better = [trial for trial in trials if len("".join(_read(trial)[1])) < len("".join(left))]
     return _meant(better[0], repairs - 1) if better else ""
 
 
 def _repairs(word: str) -> list[str]:
-    names = (form for name in (*UNIT_SECONDS, *DAY_NAMES) for form in (name, f"{name}s"))
-    known = (name for name in names if name.startswith(word.rstrip("s") or word))
+    known = [form for name in (*UNIT_SECONDS, *DAY_NAMES) for form in (name, f"{name}s")
+             if name.startswith(word.rstrip("s") or word)]
     return [*known, f":{word}", f"{word}:00", re.sub("([0-9])([a-z])", r"\1 \2", word),
             f"every {word}", f"at {word}", f"and {word}"]
 
@@ -486,10 +473,9 @@ class Gone(NamedTuple):
 Record = Job | Project | Gone
 encode_json = json.JSONEncoder(ensure_ascii=False).encode  # json.dumps makes an encoder each time
 # What may stand in a field of the state file, by the type that it has in JSON.
-JSON_ANNOTATIONS = {
-    str: ("str", "Status"), int: ("int", "float"), float: ("float",), bool: ("bool",),
-    type(None): ("None",), list: ("Strings",), dict: ("dict[str, Any]",),
-}
+JSON_ANNOTATIONS = {str: ("str", "Status"), bool: ("bool",), int: ("int", "float"),
+                    float: ("float",), type(None): ("None",), list: ("Strings",),
+                    dict: ("dict[str, Any]",)}
 
 
 def describe(job: Job) -> str:
@@ -516,14 +502,12 @@ def local_time(moment: float | None) -> str | None:
 def job_text(job: Job) -> str:
     """Return what the API says of a job as JSON."""
     return encode_json({
-        "identifier": job.identifier, "status": job.status.value, "actor": job.actor,
-        "schedule": job.schedule, "scheduled_by": job.scheduled_by,
-        "project": job.project, "spider": job.spider,
-        "description": job.description, "payload": job.payload,
-        "args": job.arg, "settings": job.setting,
-        "timeout": job.timeout, "priority": job.priority, "items": job.items,
-        "timestamp": local_time(job.timestamp), "started": local_time(job.started),
-        "duration": job.duration, "next_run": local_time(job.due),
+        "identifier": job.identifier, "status": job.status, "actor": job.actor,
+        "schedule": job.schedule, "scheduled_by": job.scheduled_by, "project": job.project,
+        "spider": job.spider, "description": job.description, "payload": job.payload,
+        "args": job.arg, "settings": job.setting, "timeout": job.timeout, "priority": job.priority,
+        "items": job.items, "timestamp": local_time(job.timestamp),
+        "started": local_time(job.started), "duration": job.duration, "next_run": local_time(job.due),
         "exit_code": job.exit_code, "reason": job.reason, "stats": job.stats,
     })
 
@@ -558,8 +542,8 @@ def decode_record(fields: Any) -> Record:
 def _decode_field(kind: type[Job | Project], name: str, value: Any) -> Any:
     # typing.NamedTuple keeps the text of an annotation in a ForwardRef.
     wanted = kind.__annotations__[name].__forward_arg__ if name in kind._fields else ""
-    is_wrong = {*wanted.split(" | ")}.isdisjoint(JSON_ANNOTATIONS[type(value)])
-    if is_wrong or ("float" in wanted and not 0 <= (value or 0) < LAST_INSTANT):
+    if {*wanted.split(" | ")}.isdisjoint(JSON_ANNOTATIONS[type(value)]) or (
+            "float" in wanted and not 0 <= (value or 0) < LAST_INSTANT):
         raise ValueError(f"no field {quoted(name)} can be {value!r:.60}")
     if isinstance(value, list):
         return tuple(map(str, value))
