@@ -94,13 +94,9 @@ SANE_INSTANT = 1_790_000_000  # 2026-09-21: no right clock shows less
 class ScrapyDoError(Exception):
     """Tell a user in a sentence what is wrong and what to do; `status` is the HTTP status."""
 
-    status = 500
-
-    def __init__(self, message: str, status: int | None = None,
-                 headers: Sequence[tuple[str, str]] = ()):
+    def __init__(self, message: str, status: int = 500, headers: Sequence[tuple[str, str]] = ()):
         super().__init__(message)
-        self.status = status or self.status
-        self.headers = headers
+        self.status, self.headers = status, headers
 
 
 # Nobody needs to tell these apart but clients, by the status.
@@ -2056,8 +2052,6 @@ Headers = Sequence[tuple[str, str]]
 class WrongPassword(ScrapyDoError):
     """Refuse a user who is unknown or has another password; the answer waits for a while."""
 
-    status = 401
-
 
 class Tls:
     """The certificate of the server, read again when its files have changed."""
@@ -2209,7 +2203,7 @@ class Guard:
         else:
             known = [base64.b64encode(f"{name}:{users[name]}".encode()) for name in users]
             if not any(hmac.compare_digest(rest.strip().encode(), login) for login in known):
-                raise WrongPassword("the user or the password is wrong", None, self._challenges())
+                raise WrongPassword("the user or the password is wrong", 401, self._challenges())
 
     def _check_digest(
         self, request: Handler, fields: Mapping[str, str], users: Mapping[str, str]
@@ -2224,7 +2218,7 @@ class Guard:
         known = digest(user, "scrapy-do", users.get(user, os.urandom(9).hex()))
         proof = digest(known, nonce, *counted, digest(request.command, uri))
         if not algorithm or not hmac.compare_digest(given.lower().encode(), proof.encode()):
-            raise WrongPassword("the user or the password is wrong", None, self._challenges())
+            raise WrongPassword("the user or the password is wrong", 401, self._challenges())
         use = object()
         uses = self._nonces.get(nonce, {proof: None})
         if uses.setdefault(proof, use) is not use:  # atomic, so one of two at once is the first
