@@ -503,8 +503,9 @@ def job_text(job: Job) -> str:
         "spider": job.spider, "description": job.description, "payload": job.payload,
         "args": job.arg, "settings": job.setting, "timeout": job.timeout, "priority": job.priority,
         "items": job.items, "timestamp": local_time(job.timestamp),
-        "started": local_time(job.started), "duration": job.duration, "next_run": local_time(job.due),
-        "exit_code": job.exit_code, "reason": job.reason, "stats": job.stats,
+        "started": local_time(job.started), "duration": job.duration,
+        "next_run": local_time(job.due), "exit_code": job.exit_code, "reason": job.reason,
+        "stats": job.stats,
     })
 
 
