@@ -311,13 +311,11 @@ def _parse_sentence(rest: list[str]) -> Recurrence | None:
               f"{unit}s take no time; weekdays do, as in 'every monday at 12:30'")
         rest.pop(0)
         scale, form, examples = TIME_FORMS[unit]
-        is_list = unit == "day" and recurrence.high == 1
         times = _parse_list(rest, functools.partial(_read_time, scale, form),
-                            f"a time like {examples}", is_list)
+                            f"a time like {examples}", unit == "day" and recurrence.high == 1)
         recurrence = recurrence._replace(times=tuple(sorted(times)))
-    _want(rest[0] not in (",", "and"),
-          "only weekdays, and the times of weekdays and 'every day', can be a list")
-    _want(rest[0] == "", "nothing may follow here")
+    _want(rest[0] == "", "only weekdays, and the times of weekdays and 'every day', can be a list"
+          if rest[0] in (",", "and") else "nothing may follow here")
     return recurrence
 
 
@@ -332,10 +330,11 @@ def _parse_interval(rest: list[str]) -> Recurrence:
     _want(unit in UNIT_SECONDS,
           f"a unit of time{'' if numbers else ' or a weekday'} is wanted here")
     _want(rest[0] != unit or numbers in ([], [1]), "the plural is wanted here")
-    low, high = min(numbers, default=1), max(numbers, default=1)
-    _want(high * UNIT_SECONDS[unit] <= 36525 * DAY_SECONDS, "an interval is at most 100 years")
+    recurrence = Recurrence(unit, min(numbers, default=1), max(numbers, default=1))
+    _want(recurrence.high * UNIT_SECONDS[unit] <= 36525 * DAY_SECONDS,
+          "an interval is at most 100 years")
     rest.pop(0)
-    return Recurrence(unit, low, high)
+    return recurrence
 
 
 def _parse_number(rest: list[str], least: int) -> int:
