@@ -169,20 +169,16 @@ TIME_FORMS = {  # unit: what the first number of its times counts, their form, a
 }
 
 
-SPEC_FORMS = (
-    "now | every [N | A to B] seconds|minutes|hours|days|weeks [at TIME] | "
-    "every day|weekday|weekend|monday, friday and sunday [at 6:00 and 18:30]"
-)
+SPEC_FORMS = ("now | every [N | A to B] seconds|minutes|hours|days|weeks [at TIME] | "
+              "every day|weekday|weekend|monday, friday and sunday [at 6:00 and 18:30]")
 NO_BEGINS = (  # what is wrong with a sentence that begins otherwise than with 'now' or 'every'
     ("@|([0-9*/,-]+ ){3}", "cron syntax is not read"),
     ("(at|in|next|on|once|today|tomorrow|tonight) ", "one-off runs are only possible by 'now'"),
     ("", "a schedule starts with 'now' or 'every'"),
 )
-CRON_LINES = {
-    "@hourly": "every hour at :00", "@daily": "every day at 0:00", "* * * * *": "every minute",
-    "@weekly": "every sunday at 0:00",
-    **{f"*/{n} * * * *": f"every {n} minutes" for n in (2, 3, 4, 5, 6, 10, 12, 15, 20, 30)},
-}
+CRON_LINES = {"@hourly": "every hour at :00", "@daily": "every day at 0:00",
+              "@weekly": "every sunday at 0:00", "* * * * *": "every minute",
+              **{f"*/{n} * * * *": f"every {n} minutes" for n in range(2, 31) if 60 % n == 0}}
 CRON_DAYS = {"*": "day", "1-5": "weekday", **{str(n): WEEKDAYS[n - 1] for n in range(8)}}
 
 
@@ -243,12 +239,10 @@ class Recurrence(NamedTuple):
 
     def _next_local(self, moment: float, step: int) -> float:
         today, time_of_day = divmod(self._wall_of(moment), DAY_SECONDS)
-        dues = (
-            _instant_of(day * DAY_SECONDS + at)
-            for day in itertools.count(today + (step if step > 1 else 0))  # a single may be today
-            if (day + 3) % 7 in self.weekdays  # 1970-01-01 was a Thursday
-            for at in self.times or (time_of_day,)
-        )
+        dues = (_instant_of(day * DAY_SECONDS + at)
+                for day in itertools.count(today + (step if step > 1 else 0))  # one: maybe today
+                if (day + 3) % 7 in self.weekdays  # 1970-01-01 was a Thursday
+                for at in self.times or (time_of_day,))
         return next(due for due in dues if due > moment + 1e-6)  # a sum of floats may round up
 
     def _wall_of(self, moment: float) -> float:
