@@ -167,8 +167,6 @@ TIME_FORMS = {  # unit: what the first number of its times counts, their form, a
     "hour": (60, r"(?a)([0-5]\d)?:[0-5]\d", ":15 (minute 15) or 00:15 (second 15)"),
     "minute": (1, r"(?a):[0-5]\d", ":15 (second 15)"),
 }
-
-
 SPEC_FORMS = ("now | every [N | A to B] seconds|minutes|hours|days|weeks [at TIME] | "
               "every day|weekday|weekend|monday, friday and sunday [at 6:00 and 18:30]")
 NO_BEGINS = (  # what is wrong with a sentence that begins otherwise than with 'now' or 'every'
@@ -240,7 +238,7 @@ class Recurrence(NamedTuple):
     def _next_local(self, moment: float, step: int) -> float:
         today, time_of_day = divmod(self._wall_of(moment), DAY_SECONDS)
         dues = (_instant_of(day * DAY_SECONDS + at)
-                for day in itertools.count(today + (step if step > 1 else 0))  # one: maybe today
+                for day in itertools.count(today + (step if step > 1 else 0))  # one may be today
                 if (day + 3) % 7 in self.weekdays  # 1970-01-01 was a Thursday
                 for at in self.times or (time_of_day,))
         return next(due for due in dues if due > moment + 1e-6)  # a sum of floats may round up
