@@ -53,7 +53,7 @@ from scrapy_do import (
     UNIT_SECONDS,
     WEEKDAYS,
     Recurrence,
-    SpecError,
+    ScrapyDoError,
     parse_spec,
 )
 
@@ -929,7 +929,7 @@ def fire(recurrence, moment, times):
 
 
 def refusal(text):
-    with pytest.raises(SpecError) as caught:
+    with pytest.raises(ScrapyDoError) as caught:
         parse_spec(text)
     assert caught.value.status == 400
     return str(caught.value)
@@ -1109,7 +1109,7 @@ def test_spec_of_any_words_is_understood_or_refused(first, words):
     """No other exception may come out, whatever is accepted has a due time, and so has what is suggested."""
     try:
         recurrence = parse_spec(" ".join(first + words))
-    except SpecError as error:
+    except ScrapyDoError as error:
         meant = re.search("; write '(.+)'. The forms", str(error))
         recurrence = meant and parse_spec(meant[1])
     assert recurrence is None or recurrence.next_after(0.0) > 0
@@ -1413,10 +1413,10 @@ def test_next_due_past_the_year_9999_is_refused(zone, name, text):
     most = recurrence.high * UNIT_SECONDS[recurrence.unit]
     for moment in (LAST_INSTANT - most + 1, LAST_INSTANT - 1):
         for function in (recurrence.next_after, recurrence.latest_after):
-            with pytest.raises(SpecError, match="past the year 9999"):
+            with pytest.raises(ScrapyDoError, match="past the year 9999"):
                 function(moment)
     for hours in range(400):
-        with contextlib.suppress(SpecError):
+        with contextlib.suppress(ScrapyDoError):
             assert recurrence.next_after(LAST_INSTANT - most - hours * HOUR, fixed(recurrence.high)) <= LAST_INSTANT
     assert recurrence.next_after(LAST_INSTANT - most - 10 * DAY, fixed(recurrence.high)) > LAST_INSTANT - 20 * DAY
 
@@ -1554,7 +1554,7 @@ def test_a_bad_state_file_is_refused_with_the_reason_and_left_alone(tmp_path, co
     path.parent.mkdir()
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     before = path.read_bytes()
-    with contextlib.closing(scrapy_do.Store(tmp_path / "data")) as store, pytest.raises(scrapy_do.StorageError) as caught:
+    with contextlib.closing(scrapy_do.Store(tmp_path / "data")) as store, pytest.raises(scrapy_do.ScrapyDoError) as caught:
         store.load()
     assert f"{path} cannot be read: " in str(caught.value)
     assert reason in str(caught.value)
