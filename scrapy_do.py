@@ -596,7 +596,6 @@ def _decode_field(kind: type[Job | Project], name: str, value: Any) -> Any:
 SHIM_MODULE = "scrapy_do_shim"
 SHIM = """
 import atexit, importlib, json, os, sys, warnings
-
 from pydispatch import dispatcher
 from scrapy import exporters, signals
 from scrapy.utils.misc import load_object
@@ -644,10 +643,10 @@ STATE_VERSION = 2
 STATE_END = b"\n]}\n"
 
 
-def sync(path: Path) -> None:
-    """Make a file and its name durable, see fsync(2)."""
-    for each in (path, path.parent):
-        descriptor = os.open(each, os.O_RDONLY)
+def sync(*paths: Path) -> None:
+    """Make files, and the names in folders, durable, see fsync(2)."""
+    for path in paths:
+        descriptor = os.open(path, os.O_RDONLY)
         try:
             os.fsync(descriptor)
         finally:
@@ -656,19 +655,16 @@ def sync(path: Path) -> None:
 
 def file_size(path: Path) -> int:
     """Return the length of a file in bytes; 0 when there is none."""
-    try:
-        return path.lstat().st_size
-    except OSError:
-        return 0
+    return path.lstat().st_size if os.path.lexists(path) else 0
 
 
 def remove_tree(path: Path) -> None:
     """Delete a file or a folder with all that a crawl may have left there; log a failure."""
     try:
-        if path.is_symlink() or not path.is_dir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
             path.unlink(missing_ok=True)
-            return
-        shutil.rmtree(path, ignore_errors=True)
         if path.exists():  # there may be folders that even their owner cannot write to
             folders = [str(path)]
             for folder in folders:  # to which those in them are added
@@ -700,26 +696,20 @@ def parse_state(data: bytes) -> dict[str, Any]:
         # A crash leaves rubbish after a whole document, or a last change that is cut off or has
         # zeros where the disk was not written.
         whole, end, rest = data.partition(STATE_END)
-        # Of the last change maybe nothing but its comma was written over the former brackets.
-        former, _, last = data.rpartition(b",]}\n" if data.endswith(b",]}\n") else b",\n")
+        former, _, last = data.rpartition(b"\n,")
         if end and not rest and b"\0" not in last:
             raise
         document = json.loads((whole if rest else former) + STATE_END)
         log("a crash has cut off the last change of the state file, which is left out")
-    if not isinstance(document, dict) or type(document.get("version")) is not int:
-        raise ValueError("it is not an object with a 'version'")
-    if document["version"] != STATE_VERSION:
-        raise ValueError(
-            f"it has version {document['version']}, this scrapy_do reads version {STATE_VERSION}"
-        )
-    if not isinstance(document.get("changes"), list):
-        raise ValueError("its 'changes' must be a list of lists")
+    version = document.get("version") if isinstance(document, dict) else None
+    if version != STATE_VERSION:
+        raise ValueError(f"it has version {version!r}, this scrapy_do reads version {STATE_VERSION}")
     return document
 
 
-def encode_change(records: Iterable[Record]) -> bytes:
-    """Return a line of the state file, after the comma that separates it from those before."""
-    return f",\n[{', '.join(map(encode_record, records))}]".encode("utf-8", "backslashreplace")
+def _encode_change(records: Iterable[Record]) -> bytes:
+    # The comma comes first, so that a line can be cut off, or deleted by a person.
+    return f"\n,[{', '.join(map(encode_record, records))}]".encode("utf-8", "backslashreplace")
 
 
 class Store:
@@ -729,9 +719,10 @@ class Store:
     nearly always of one. The last record of a job or project counts:
 
         {"version": 2, "since": 1790000000.0, "changes": [
-        [{"name": "shop", "push": "1b9d...", "spiders": ["books"]}],
-        [{"identifier": "0c1f...", "status": "RUNNING", ...}],
-        [{"identifier": "9a7e...", "gone": true}]
+        []
+        ,[{"name": "shop", "push": "1b9d...", "spiders": ["books"]}]
+        ,[{"identifier": "0c1f...", "status": "RUNNING", ...}]
+        ,[{"identifier": "9a7e...", "gone": true}]
         ]}
 
     A change is written over the closing brackets and ends with new ones, in a write and an fsync.
@@ -741,44 +732,33 @@ class Store:
     """
 
     def __init__(self, folder: Path):
-        """Create and lock the folder. Raise StorageError when it is in use or cannot be written."""
+        # Create and lock the folder. Raise StorageError when it is in use or cannot be written.
         self.folder, self.state_file = folder, folder / "state.json"
         self.projects, self.logs, self.work = folder / "projects", folder / "logs", folder / "work"
         self.spider_data, self.shim = folder / "spider-data", self.work / "shim"
         self.is_behind = False  # the file lacks changes that have happened
         self._since = time.time()  # when the file began; what is older in the folder is not ours
-        self._size = 0  # of the file, as we have written it
-        self._most = 0  # the size from which on it is written anew
+        self._size = self._most = 0  # of the file, and from which on it is written anew
         try:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             if folder.stat().st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-                raise StorageError(
-                    f"others may write to {folder}, and so run code as you: run"
-                    f" 'chmod go-w {folder}'"
-                )
-            self._lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            for path in (self.projects, self.logs, self.work, self.spider_data):
+                raise StorageError(f"others may write to {folder}, and so run code as you: run"
+                                   f" 'chmod go-w {folder}'")
+            # The kernel unlocks it when the process ends or executes another program.
+            self.lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            for path in (self.projects, self.logs, self.work, self.spider_data, self.shim):
                 path.mkdir(mode=0o700, exist_ok=True)  # or a link to a folder, made by its owner
             # Whatever runs has files there, so the last daemon did not end well.
             self.was_crashed = any(path != self.shim for path in self.work.iterdir())
-            self._write_shim()
+            path = self.shim / f"{SHIM_MODULE}.py"
+            if not path.exists() or path.read_text() != SHIM:  # a crawl may just be reading it
+                path.write_text(SHIM)
         except BlockingIOError:
-            raise StorageError(
-                f"another scrapy_do uses {folder}: stop it, or choose another --data-dir"
-            ) from None
+            raise StorageError(f"another scrapy_do uses {folder}: stop it, or choose another"
+                               " --data-dir") from None
         except OSError as error:
             raise StorageError(f"the data folder cannot be used: {error}; see --data-dir") from None
-
-    def _write_shim(self) -> None:
-        path = self.shim / f"{SHIM_MODULE}.py"
-        self.shim.mkdir(exist_ok=True)
-        if not path.exists() or path.read_text() != SHIM:  # a crawl may just be reading it
-            path.write_text(SHIM)
-
-    def close(self) -> None:
-        """Unlock the folder."""
-        os.close(self._lock)
 
     def load(self) -> tuple[dict[str, Project], dict[str, Job]]:
         """Return the saved records, the jobs in the order in which they were made.
@@ -787,28 +767,23 @@ class Store:
         """
         projects: dict[str, Project] = {}
         jobs: dict[str, Job] = {}
-        if not os.path.lexists(self.state_file):
-            with contextlib.suppress(OSError):  # from now on leftovers are known to be ours
-                self.rewrite([])
-            return projects, jobs
         try:
+            if not os.path.lexists(self.state_file):
+                self.rewrite([])  # from now on leftovers are known to be ours
             document = parse_state(self.state_file.read_bytes())
             self._since = float(document.get("since", self._since))
-            for fields in itertools.chain(*document["changes"]):
+            for fields in itertools.chain(*document.get("changes")):
                 apply_record(decode_record(fields), projects, jobs)
         except (OSError, ValueError, TypeError, RecursionError) as error:
-            raise StorageError(
-                f"{self.state_file} cannot be read: {error}; nothing was changed; mend the file, or"
-                " move the whole folder away"
-            ) from None
+            raise StorageError(f"{self.state_file} cannot be read: {error}; nothing was changed;"
+                               " mend the file, or move the whole folder away") from None
         return projects, jobs
 
-    def sweep(self, pushes: Iterable[str], jobs: Iterable[str], running: Collection[str]) -> None:
-        """Delete what a crash left behind: uploads and code, logs, and working copies.
+    def sweep(self, known: Collection[str], running: Collection[str]) -> None:
+        """Delete what a crash left behind: uploads, code and logs not known, and working copies.
 
         What is older than the state file stays, since that may have been moved away by hand.
         """
-        known = {*pushes, *jobs}
         for path in (*self.projects.iterdir(), *self.logs.iterdir()):
             is_ours = JOB_PATTERN.fullmatch(path.stem) and path.lstat().st_mtime >= self._since
             if is_ours and path.stem not in known:
@@ -829,20 +804,18 @@ class Store:
         """Save a change; False when the file must be written anew. Raise OSError."""
         if self.is_behind or self._size >= self._most or file_size(self.state_file) != self._size:
             return False
-        data = encode_change(records) + STATE_END
+        data = _encode_change(records) + STATE_END
         start = self._size - len(STATE_END)
-        descriptor = os.open(self.state_file, os.O_WRONLY | os.O_NOFOLLOW)
-        try:
-            if os.pwrite(descriptor, data, start) < len(data):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            os.fsync(descriptor)
-        except OSError:
-            with contextlib.suppress(OSError):  # the change was refused, even if we end right now
-                os.ftruncate(descriptor, self._size)
-                os.pwrite(descriptor, STATE_END, start)
-            raise
-        finally:
-            os.close(descriptor)
+        with open(os.open(self.state_file, os.O_RDWR), "r+b", buffering=0) as file:
+            try:
+                if os.pwrite(file.fileno(), data, start) < len(data):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                os.fsync(file.fileno())
+            except OSError:
+                with contextlib.suppress(OSError):  # it was refused, even if we end right now
+                    os.ftruncate(file.fileno(), self._size)
+                    os.pwrite(file.fileno(), STATE_END, start)
+                raise
         self._size = start + len(data)
         return True
 
@@ -853,12 +826,12 @@ class Store:
         head = f'{{"version": {STATE_VERSION}, "since": {self._since!r}, "changes": [\n[]'
         with open(os.open(temporary, flags, 0o600), "wb", buffering=CHUNK_BYTES) as file:
             file.write(head.encode())
-            file.writelines(encode_change([record]) for record in records)
+            file.writelines(_encode_change([record]) for record in records)
             file.write(STATE_END)
             self._size = file.tell()
         sync(temporary)
         os.replace(temporary, self.state_file)
-        sync(self.state_file)
+        sync(self.folder)
         self._most = 2 * self._size + MIB
         self.is_behind = False
 
@@ -1336,7 +1309,7 @@ class Daemon:
         if is_reloaded or running or self.store.was_crashed:
             find = functools.partial(find_strays, self.store.spider_data, adopted)
             end_processes(find, time.monotonic())
-        self.store.sweep([project.push for project in projects.values()], jobs, adopted)
+        self.store.sweep({*jobs, *(project.push for project in projects.values())}, adopted)
         with self.lock:
             self.projects.update(projects)
             left = [job for job in jobs.values() if job.identifier not in adopted]
@@ -1467,7 +1440,7 @@ class Daemon:
             project = unpack(archive, archive.with_suffix(""))
             found = self._list(project)
             project = project._replace(spiders=tuple(found["spiders"]))
-            sync(archive)
+            sync(archive, archive.parent)
             with self.lock:
                 active = self._select(ACTIVE, project.name)
                 if lost := [job for job in active if job.spider not in project.spiders]:
@@ -3088,24 +3061,24 @@ def serve(options: argparse.Namespace, signals: socket.socket) -> None:
         options.host, options.port = listening.getsockname()[:2]  # after a reload those of before
         rules = read_rules(options)
         settings = Settings(**{name: getattr(options, name) for name in Settings._fields})
-        with contextlib.closing(Store(Path(os.path.realpath(options.data_dir)))) as store:
-            warn_of_surroundings(settings.scrapy)
-            daemon = Daemon(store, settings)
-            daemon.start(is_reloaded)
-            server = Server(listening, daemon, rules)
-            host = f"[{options.host}]" if ":" in options.host else options.host
-            url = f"{'https' if rules.tls else 'http'}://{host}:{options.port}"
-            log(f"scrapy-do {__version__} listens on {url} and keeps everything in {store.folder}")
-            tell_supervisor("READY=1")
+        store = Store(Path(os.path.realpath(options.data_dir)))
+        warn_of_surroundings(settings.scrapy)
+        daemon = Daemon(store, settings)
+        daemon.start(is_reloaded)
+        server = Server(listening, daemon, rules)
+        host = f"[{options.host}]" if ":" in options.host else options.host
+        url = f"{'https' if rules.tls else 'http'}://{host}:{options.port}"
+        log(f"scrapy-do {__version__} listens on {url} and keeps everything in {store.folder}")
+        tell_supervisor("READY=1")
 
-            while not {signal.SIGTERM, signal.SIGINT} & set(server.serve_until(signals)):
-                reload(daemon, server, signals)
+        while not {signal.SIGTERM, signal.SIGINT} & set(server.serve_until(signals)):
+            reload(daemon, server, signals)
 
-            tell_supervisor("STOPPING=1")
-            log("stopping: crawls are being ended, their jobs will run again at the next start")
-            listening.close()
-            daemon.close()
-            server.drain(DRAIN_SECONDS)
+        tell_supervisor("STOPPING=1")
+        log("stopping: crawls are being ended, their jobs will run again at the next start")
+        listening.close()
+        daemon.close()
+        server.drain(DRAIN_SECONDS)
 
 
 def prepare_process() -> socket.socket:
