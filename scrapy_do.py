@@ -685,7 +685,7 @@ def open_log(path: Path) -> IO[bytes]:
         raise NotFound(f"the log cannot be read: {error.strerror}") from None
 
 
-def parse_state(data: bytes) -> dict[str, Any]:
+def parse_state(data: bytes) -> Any:
     """Return the document of a state file, without a last change that a crash has torn.
 
     Raise ValueError for all else, such as a mistake of somebody who has edited the file.
@@ -703,7 +703,8 @@ def parse_state(data: bytes) -> dict[str, Any]:
         log("a crash has cut off the last change of the state file, which is left out")
     version = document.get("version") if isinstance(document, dict) else None
     if version != STATE_VERSION:
-        raise ValueError(f"it has version {version!r}, this scrapy_do reads version {STATE_VERSION}")
+        raise ValueError(f"it has version {version!r}, this scrapy_do reads version"
+                         f" {STATE_VERSION}")
     return document
 
 
@@ -857,6 +858,7 @@ ARCHIVE_BYTES = 1024 * MIB  # as it comes out
 CODE_STAMP_NS = 1_600_000_000 * 10**9
 CODE_SUFFIXES = (".py", ".pyc")
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EMFILE)
+# What is for the daemon alone, see sd_notify(3), sd_listen_fds(3), and LoadCredential in systemd.
 SECRETS = ("NOTIFY_SOCKET", "WATCHDOG_", "LISTEN_", "CREDENTIALS_DIRECTORY", "SCRAPY_DO_HANDOVER")
 
 
@@ -892,12 +894,12 @@ def unpack(archive: Path, folder: Path) -> Project:
     except Exception as error:  # a damaged file makes zipfile raise nearly anything
         if isinstance(error, ScrapyDoError) or getattr(error, "errno", None) in DISK_ERRORS:
             raise
-        raise BadRequest(explain_archive(archive, str(error).replace(f"{folder}/", ""))) from None
-    return read_config(archive.stem, folder, {entry.filename for entry in entries})
+        raise BadRequest(_explain_archive(archive, str(error).replace(f"{folder}/", ""))) from None
+    return _read_config(archive.stem, folder, {entry.filename for entry in entries})
 
 
-def explain_archive(archive: Path, problem: str) -> str:
-    """Return why an archive cannot be unpacked, by the first bytes of the file too."""
+def _explain_archive(archive: Path, problem: str) -> str:
+    # Return why an archive cannot be unpacked, by the first bytes of the file too.
     with open(archive, "rb") as file:
         start = file.read(200)
     if start.startswith(b"PK"):
@@ -908,11 +910,9 @@ def explain_archive(archive: Path, problem: str) -> str:
     return f"it is {what}; make a zip, 'git archive -o demo.zip HEAD', and {PUSH_CALL}"
 
 
-def read_config(push: str, folder: Path, names: Collection[str]) -> Project:
-    """Read the one `scrapy.cfg` of an unpacked archive; the spiders are not known yet.
-
-    The project's name is in [deploy], or in the sections [deploy:TARGET] if these agree.
-    """
+def _read_config(push: str, folder: Path, names: Collection[str]) -> Project:
+    # Read the one `scrapy.cfg` of an unpacked archive; the spiders are not known yet. The project's
+    # name is in [deploy], or in the sections [deploy:TARGET] if these agree.
     import configparser
 
     found = sorted(name for name in names if os.path.basename(name) == "scrapy.cfg")
@@ -924,18 +924,13 @@ def read_config(push: str, folder: Path, names: Collection[str]) -> Project:
         config.read_string((folder / found[0]).read_text(encoding="utf-8-sig"))
     except (configparser.Error, UnicodeDecodeError) as error:
         raise BadRequest(f"scrapy.cfg cannot be read: {error!s:.500}") from None
-    targets = [section for section in config.sections() if section.startswith("deploy:")]
-    named = [config.get(each, "project", fallback="").strip() for each in ("deploy", *targets)]
-    projects = {*named[:1]} - {""} or {*named} - {""}
-    if len(projects) != 1:
-        listed = " and ".join(sorted(map(quoted, projects))) or "no project"
-        raise BadRequest(f"scrapy.cfg names {listed}; add [deploy] with 'project = NAME'")
-    [name] = projects
-    if not NAME_PATTERN.fullmatch(name):
-        raise BadRequest(
-            f"the project cannot be called {quoted(name)}: use letters, digits, '_', '-' and '.',"
-            " at most 100, the first not '.' or '-'"
-        )
+    sections = ["deploy", *(each for each in config.sections() if each.startswith("deploy:"))]
+    named = [config.get(each, "project", fallback="").strip() for each in sections]
+    name = "' and '".join(sorted({*named[:1]} - {""} or {*named} - {""}))
+    if not NAME_PATTERN.fullmatch(name):  # which several, put together so, are not either
+        raise BadRequest(f"the project cannot be called '{name:.200}'; in scrapy.cfg, add [deploy]"
+                         " with 'project = NAME', which has letters, digits, '_', '-' and '.',"
+                         " at most 100, the first not '.' or '-'")
     default = config.get("settings", "default", fallback="")
     settings = config.get("settings", name, fallback=default).strip()
     return Project(name, push, os.path.dirname(found[0]), settings, ())
@@ -964,15 +959,11 @@ def copy_tree(source: str, target: str) -> bool:
     return is_clean
 
 
-def keep_bytecode(source: Path, target: Path, is_stamped: bool = False) -> None:
-    """Move compiled modules to where crawls get them, so that no crawl compiles them again.
-
-    With `is_stamped`, leave those which a crawl has changed.
-    """
+def keep_bytecode(source: Path, target: Path) -> None:
+    """Move compiled modules to where crawls get them, so that no crawl compiles them again."""
     for path in source.rglob("__pycache__/*.pyc"):
-        kept, found = target / path.relative_to(source), path.lstat()
-        is_good = found.st_mtime_ns == CODE_STAMP_NS or not is_stamped
-        if is_good and stat.S_ISREG(found.st_mode) and kept.parent.parent.is_dir():
+        kept = target / path.relative_to(source)
+        if stat.S_ISREG(path.lstat().st_mode) and kept.parent.parent.is_dir():
             kept.parent.mkdir(exist_ok=True)
             shutil.move(path, kept)  # maybe to another file system
             os.utime(kept, ns=(CODE_STAMP_NS, CODE_STAMP_NS))
@@ -995,33 +986,28 @@ class Crawl:
         self.was_killed = False  # it took SIGKILL to end it
         self.is_over = threading.Event()  # it is gone, with its last status saved
 
-    def start(
-        self, command: Sequence[str], folder: Path, environment: dict[str, str],
-        logs: Sequence[Path],
-    ) -> None:  # fmt: skip
+    def start(self, command: Sequence[str], folder: Path, environment: dict[str, str],
+              logs: Sequence[Path]) -> None:
         """Start the command. Raise ScrapyDoError when that fails."""
         # Opened to append, so that a log which somebody truncates does not get filled with NUL.
         flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK
         try:
             with contextlib.ExitStack() as stack:
-                out, err = (
-                    stack.enter_context(open(os.open(path, flags, 0o600), "wb")) for path in logs
-                )
+                out, err = (stack.enter_context(open(os.open(path, flags, 0o600), "wb"))
+                            for path in logs)
                 process = subprocess.Popen(
                     [word.encode() for word in command],  # UTF-8, whatever the daemon's locale
                     cwd=folder, env=environment, stdin=subprocess.DEVNULL, stdout=out, stderr=err,
-                    start_new_session=True,
-                )  # fmt: skip
-        except (FileNotFoundError, PermissionError, NotADirectoryError) as error:
-            home, is_program, _ = command[0].rpartition("/bin/")
-            how = f"python3 -m venv {home} && {home}/bin/python -m pip install scrapy; "
-            raise BadRequest(
-                f"'{command[0]}' cannot be started: {error.strerror}; {how if is_program else ''}"
-                "install Scrapy, or say where it is by --scrapy"
-            ) from None
+                    start_new_session=True)
         except (OSError, ValueError) as error:
             problem = getattr(error, "strerror", None) or error
-            raise StorageError(f"'{command[0]}' cannot be started: {problem}") from None
+            problem = f"'{command[0]}' cannot be started: {problem}"
+            if not isinstance(error, (FileNotFoundError, PermissionError, NotADirectoryError)):
+                raise StorageError(problem) from None
+            home, is_program, _ = command[0].rpartition("/bin/")
+            how = f"python3 -m venv {home} && {home}/bin/python -m pip install scrapy; "
+            raise BadRequest(f"{problem}; {how if is_program else ''}install Scrapy, or say where"
+                             " it is by --scrapy") from None
         process.returncode = 0  # so that Popen leaves it to `reap`
         self.pid, self.began = process.pid, time.monotonic()
 
@@ -1031,7 +1017,7 @@ class Crawl:
 
     def kill(self) -> None:
         """Kill the command; `end_rest` then kills all that it leaves."""
-        self.was_killed, self.deadline = True, float("inf")
+        self.was_killed = True
         os.kill(self.pid, signal.SIGKILL)
 
     def end_rest(self, kill_after: float) -> None:
@@ -1039,8 +1025,8 @@ class Crawl:
 
         The seconds count from when the command was asked to end, if it was.
         """
-        now = time.monotonic()
-        kill_at = now if self.was_killed else min(self.deadline, now + kill_after)
+        seconds = 0.0 if self.was_killed else kill_after
+        kill_at = min(self.deadline, time.monotonic() + seconds)
         find = functools.partial(find_family, self.pid, self.identifier)
         self.was_killed = end_processes(find, kill_at) or self.was_killed
 
@@ -1096,17 +1082,17 @@ def explain_list_error(command: Sequence[str], errors: str, work: Path) -> str:
     """
     text = errors.replace(f"{work}/", "")
     _, found, last = text.rpartition("Traceback (most recent call last):\n")  # it ended the program
-    own = re.findall('(?m)^  (File "[^/<].*)', last)
+    own = re.findall('(?m)^  (File "[^/<].*)', last)[-8:]
     lines = [line for line in re.sub(r"\A(?:  .*\n)+", "", last).splitlines() if line.strip()]
-    cure = missing_module_cure(command, errors, work)
+    cure = _missing_module_cure(command, errors, work)
     if cure and found and not own:  # pip may have a stranger's package of that name
         cure = "scrapy.cfg or a setting names it; put it into the archive, or install it"
-    why = [*(lines[:8] if found else lines[-8:]), cure, *own[-8:]]
-    return "'scrapy list' failed in the project: " + "\n".join(filter(None, why))
+    why = filter(None, [*(lines[:8] if found else lines[-8:]), cure, *own])
+    return "'scrapy list' failed in the project: " + "\n".join(why)
 
 
-def missing_module_cure(command: Sequence[str], errors: str, work: Path) -> str:
-    """Return the command that installs a module which `scrapy list` missed, or ""."""
+def _missing_module_cure(command: Sequence[str], errors: str, work: Path) -> str:
+    # Return the command that installs a module which `scrapy list` missed, or "".
     found = re.findall(r"No module named '?(\w+)", errors)
     if not found or any((work / f"{found[-1]}{suffix}").exists() for suffix in ("", ".py")):
         return ""  # or a package of a stranger would be advised in place of the project's own
@@ -1153,18 +1139,17 @@ def child_pids(pid: int) -> list[int]:
     with contextlib.suppress(FileNotFoundError, ProcessLookupError):
         for thread in os.listdir(f"/proc/{pid}/task"):
             with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-                with open(f"/proc/{pid}/task/{thread}/children", "rb", buffering=0) as file:
-                    found += map(int, file.readall().split())
+                found += map(int, Path(f"/proc/{pid}/task/{thread}/children").read_bytes().split())
     return found
 
 
-def read_environment(process: psutil.Process) -> dict[str, str]:
-    """Return the environment that a process was started with; {} when it is gone or hidden."""
-    with contextlib.suppress(psutil.Error):
-        for _ in range(2):
-            if environment := process.environ():
-                return environment
-            time.sleep(0.005)  # in the middle of exec a process shows none for a moment
+def _read_environment(process: psutil.Process) -> dict[str, str]:
+    # Return {} for a process that is gone or hidden. Threads of the kernel, which are in no
+    # session, never have an environment; in the middle of exec there is none for a moment.
+    with contextlib.suppress(psutil.Error, ProcessLookupError):
+        if os.getsid(process.pid) and not process.environ():
+            time.sleep(0.005)
+        return process.environ()
     return {}
 
 
@@ -1179,7 +1164,7 @@ def find_family(leader: int, identifier: str) -> list[psutil.Process]:
         with contextlib.suppress(psutil.Error, ProcessLookupError):
             process = psutil.Process(pid)
             is_ours = is_ours or os.getsid(pid) == leader
-            is_ours = is_ours or read_environment(process).get("SCRAPY_JOB") == identifier
+            is_ours = is_ours or _read_environment(process).get("SCRAPY_JOB") == identifier
             todo += [(child, is_ours) for child in child_pids(pid)]
             if is_ours and pid != leader and process.status() != psutil.STATUS_ZOMBIE:
                 found.append(process)
@@ -1187,19 +1172,11 @@ def find_family(leader: int, identifier: str) -> list[psutil.Process]:
 
 
 def find_strays(spider_data: Path, kept: Collection[str]) -> list[psutil.Process]:
-    """Return what a daemon that died left running, but for the jobs to keep.
-
-    It is known by our folder. Threads of the kernel are in no session; they have no environment,
-    however long we wait.
-    """
-    found = []
-    for process in psutil.process_iter():
-        with contextlib.suppress(ProcessLookupError):
-            environment = read_environment(process) if os.getsid(process.pid) else {}
-            is_ours = environment.get("SPIDER_DATA_DIR") == str(spider_data)
-            if is_ours and environment.get("SCRAPY_JOB") not in kept:
-                found.append(process)
-    return found
+    """Return what a daemon on our folder left running when it died, but for the jobs to keep."""
+    found = [(process, _read_environment(process)) for process in psutil.process_iter()]
+    return [process for process, environment in found
+            if environment.get("SPIDER_DATA_DIR") == str(spider_data)
+            and environment.get("SCRAPY_JOB") not in kept]
 
 
 # ---- 6. Daemon -------------------------------------------------------------------------------
@@ -1906,7 +1883,6 @@ class Daemon:
                     return project
                 remove_tree(work)
                 unpack(tree.with_suffix(".zip"), fresh)
-                keep_bytecode(tree, fresh, is_stamped=True)
                 remove_tree(tree)
                 fresh.rename(tree)
                 copy_tree(str(tree), str(work))

@@ -2416,18 +2416,18 @@ IMPORT_CODE = f"unset PYTHONDONTWRITEBYTECODE PYTHONPYCACHEPREFIX; {sys.executab
 IS_COMPILED = IMPORT_CODE + " | grep -c 'shop_code.*pyc matches'; true"
 
 
-def test_no_crawl_compiles_again_also_after_a_restart_and_a_change_of_code(outside):
+def test_no_crawl_compiles_again_also_after_a_restart_until_one_changes_the_code(outside):
     site = outside()
     spiders = {"talk.sh": IS_COMPILED + "; cat other.py", "evil.sh": "echo evil > other.py"}
     spiders["list.sh"] = f"({IMPORT_CODE}) >&2; cat spiders.txt"
     files = {**SHOP, **spiders, "spiders.txt": "talk\nevil\n", "shop_code.py": "x = 1\n", "other.py": "x = 2\n"}
     site.push(make_zip(files))
     for end in (site.stop, site.kill, site.stop):
-        assert output_of(site, "talk") == "1\nx = 2\n"
-        output_of(site, "evil")
+        assert [output_of(site, "talk") for _ in range(2)] == ["1\nx = 2\n"] * 2
         end()
         site.start()
-    assert [output_of(site, "talk") for _ in range(2)] == ["1\nx = 2\n"] * 2
+    output_of(site, "evil")
+    assert [output_of(site, "talk") for _ in range(2)] == ["0\nx = 2\n"] * 2
 
 
 def test_what_list_leaves_in_the_tree_is_not_the_projects(outside):
@@ -2476,11 +2476,11 @@ def test_projects_may_be_a_link_to_another_file_system(outside, tmp_path):
         (tmp_path / "data").mkdir(mode=0o700)
         (tmp_path / "data" / "projects").symlink_to(folder)
         site = outside()
-        talk, compiled = "cat code.py; ls __pycache__; echo evil >> code.py", "mkdir __pycache__; touch __pycache__/x.pyc"
+        talk, compiled = "cat code.py; echo evil >> code.py", "mkdir __pycache__; touch __pycache__/x.pyc"
         files = {**SHOP, "talk.sh": talk, "code.py": "x = 1\n", "list.sh": f"{compiled}; cat spiders.txt"}
         site.push(make_zip(files))
         for _ in range(2):
-            assert [output_of(site, "talk") for _ in range(2)] == ["x = 1\nx.pyc\n"] * 2
+            assert [output_of(site, "talk") for _ in range(2)] == ["x = 1\n"] * 2
             site.stop()
             site.start()
         site.push(stub_project(talk="echo new"))
