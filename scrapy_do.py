@@ -628,8 +628,7 @@ if order["command"] == "list":
         def from_settings(cls, settings):
             with warnings.catch_warnings(record=True) as caught:
                 loader = base.from_settings(settings)
-            texts = [str(warning.message) for warning in caught]
-            report(spiders=[str(name) for name in loader.list()], warnings=texts)
+            report(spiders=list(map(str, loader.list())), warnings=[str(w.message) for w in caught])
             return loader
 else:  # signals of whatever sender: the project's own collector, extensions and feeds are untouched
     dispatcher.connect(watch, signals.spider_opened)
@@ -786,8 +785,8 @@ class Store:
         What is older than the state file stays, since that may have been moved away by hand.
         """
         for path in (*self.projects.iterdir(), *self.logs.iterdir()):
-            is_ours = JOB_PATTERN.fullmatch(path.stem) and path.lstat().st_mtime >= self._since
-            if is_ours and path.stem not in known:
+            if (path.stem not in known and JOB_PATTERN.fullmatch(path.stem)
+                    and path.lstat().st_mtime >= self._since):
                 remove_tree(path)
         for path in self.work.iterdir():
             if path != self.shim and path.stem not in running:
@@ -823,10 +822,9 @@ class Store:
     def rewrite(self, records: Iterable[Record]) -> None:
         """Write the file anew: beside, fsync, rename, fsync the folder. Raise OSError."""
         temporary = self.folder / "state.json.new"
-        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW
-        head = f'{{"version": {STATE_VERSION}, "since": {self._since!r}, "changes": [\n[]'
-        with open(os.open(temporary, flags, 0o600), "wb", buffering=CHUNK_BYTES) as file:
-            file.write(head.encode())
+        with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
+            file.write(f'{{"version": {STATE_VERSION}, "since": {self._since!r}, "changes": [\n[]'
+                       .encode())
             file.writelines(_encode_change([record]) for record in records)
             file.write(STATE_END)
             self._size = file.tell()
@@ -857,9 +855,6 @@ ARCHIVE_BYTES = 1024 * MIB  # as it comes out
 # and after an in-place write the time is another, whatever the system clock has done meanwhile.
 CODE_STAMP_NS = 1_600_000_000 * 10**9
 CODE_SUFFIXES = (".py", ".pyc")
-DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EMFILE)
-# What is for the daemon alone, see sd_notify(3), sd_listen_fds(3), and LoadCredential in systemd.
-SECRETS = ("NOTIFY_SOCKET", "WATCHDOG_", "LISTEN_", "CREDENTIALS_DIRECTORY", "SCRAPY_DO_HANDOVER")
 
 
 def unpack(archive: Path, folder: Path) -> Project:
@@ -873,10 +868,10 @@ def unpack(archive: Path, folder: Path) -> Project:
     try:
         with zipfile.ZipFile(archive) as bundle:
             entries = bundle.infolist()
-            if len(entries) > ARCHIVE_ENTRIES:
-                raise TooLarge(f"the archive has over {ARCHIVE_ENTRIES} entries; zip less")
-            if sum(entry.file_size for entry in entries) > ARCHIVE_BYTES:  # zipfile unpacks no more
-                raise TooLarge(f"the archive unpacks to more than {ARCHIVE_BYTES // MIB} MiB")
+            if (len(entries) > ARCHIVE_ENTRIES
+                    or sum(entry.file_size for entry in entries) > ARCHIVE_BYTES):  # all that is unpacked
+                raise TooLarge(f"the archive has over {ARCHIVE_ENTRIES} entries, or unpacks to more"
+                               f" than {ARCHIVE_BYTES // MIB} MiB; zip less")
             for entry in entries:
                 # Some programs of Windows write backslashes.
                 name = entry.filename = entry.filename.replace("\\", "/")
@@ -892,7 +887,8 @@ def unpack(archive: Path, folder: Path) -> Project:
                 if name.endswith(CODE_SUFFIXES):
                     os.utime(path, ns=(CODE_STAMP_NS, CODE_STAMP_NS))
     except Exception as error:  # a damaged file makes zipfile raise nearly anything
-        if isinstance(error, ScrapyDoError) or getattr(error, "errno", None) in DISK_ERRORS:
+        if (isinstance(error, ScrapyDoError) or getattr(error, "errno", None)
+                in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EMFILE)):
             raise
         raise BadRequest(_explain_archive(archive, str(error).replace(f"{folder}/", ""))) from None
     return _read_config(archive.stem, folder, {entry.filename for entry in entries})
@@ -931,9 +927,8 @@ def _read_config(push: str, folder: Path, names: Collection[str]) -> Project:
         raise BadRequest(f"the project cannot be called '{name:.200}'; in scrapy.cfg, add [deploy]"
                          " with 'project = NAME', which has letters, digits, '_', '-' and '.',"
                          " at most 100, the first not '.' or '-'")
-    default = config.get("settings", "default", fallback="")
-    settings = config.get("settings", name, fallback=default).strip()
-    return Project(name, push, os.path.dirname(found[0]), settings, ())
+    settings = config.get("settings", name, fallback=config.get("settings", "default", fallback=""))
+    return Project(name, push, os.path.dirname(found[0]), settings.strip(), ())
 
 
 def copy_tree(source: str, target: str) -> bool:
@@ -992,16 +987,14 @@ class Crawl:
         # Opened to append, so that a log which somebody truncates does not get filled with NUL.
         flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK
         try:
-            with contextlib.ExitStack() as stack:
-                out, err = (stack.enter_context(open(os.open(path, flags, 0o600), "wb"))
-                            for path in logs)
+            with (open(os.open(logs[0], flags, 0o600), "wb") as out,
+                  open(os.open(logs[1], flags, 0o600), "wb") as err):
                 process = subprocess.Popen(
                     [word.encode() for word in command],  # UTF-8, whatever the daemon's locale
                     cwd=folder, env=environment, stdin=subprocess.DEVNULL, stdout=out, stderr=err,
                     start_new_session=True)
-        except (OSError, ValueError) as error:
-            problem = getattr(error, "strerror", None) or error
-            problem = f"'{command[0]}' cannot be started: {problem}"
+        except OSError as error:
+            problem = f"'{command[0]}' cannot be started: {error.strerror}"
             if not isinstance(error, (FileNotFoundError, PermissionError, NotADirectoryError)):
                 raise StorageError(problem) from None
             home, is_program, _ = command[0].rpartition("/bin/")
@@ -1015,18 +1008,12 @@ class Crawl:
         """Wait until the command has ended; with os.WNOHANG only tell whether it has."""
         return os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT | options) is not None
 
-    def kill(self) -> None:
-        """Kill the command; `end_rest` then kills all that it leaves."""
-        self.was_killed = True
-        os.kill(self.pid, signal.SIGKILL)
-
     def end_rest(self, kill_after: float) -> None:
         """End what the command left behind: SIGTERM once, SIGKILL after as many seconds.
 
         The seconds count from when the command was asked to end, if it was.
         """
-        seconds = 0.0 if self.was_killed else kill_after
-        kill_at = min(self.deadline, time.monotonic() + seconds)
+        kill_at = min(self.deadline, time.monotonic() + (0.0 if self.was_killed else kill_after))
         find = functools.partial(find_family, self.pid, self.identifier)
         self.was_killed = end_processes(find, kill_at) or self.was_killed
 
@@ -1037,14 +1024,15 @@ class Crawl:
 
 def outer_environment() -> dict[str, str]:
     """Return the environment of the daemon without what is for the daemon alone."""
-    return {k: v for k, v in os.environ.items() if not k.startswith(SECRETS)}
+    return {name: value for name, value in os.environ.items() if not name.startswith(
+        ("NOTIFY_SOCKET", "WATCHDOG_", "LISTEN_", "CREDENTIALS_DIRECTORY", "SCRAPY_DO_HANDOVER"))}
 
 
 def crawl_arguments(job: Job) -> list[str]:
     """Return the words after `scrapy` of a crawl. A project's LOG_FILE would hide its log."""
     payload = [f"payload={job.payload}"] if job.payload != "{}" else []
-    options = [("-a", text) for text in (*payload, *job.arg)]
-    options += [("-s", text) for text in ("LOG_FILE=", *job.setting)]
+    options = [*(("-a", text) for text in (*payload, *job.arg)),
+               *(("-s", text) for text in ("LOG_FILE=", *job.setting))]
     return ["crawl", job.spider, *itertools.chain(*options)]
 
 
@@ -1065,11 +1053,11 @@ def read_report(path: Path, output: str, work: Path) -> dict[str, Any]:
     report = read_stats(path) or {"spiders": output.splitlines(), "warnings": []}
     spiders = sorted({name.strip() for name in report["spiders"]} - {""})
     noise = r"(?m)^Traceback .*\n(?: .*\n)*|See above traceback for details\."
-    texts = [re.sub(noise, "", text).replace(f"{work}/", "") for text in report["warnings"]]
-    warnings = [" ".join(text.split())[:500] for text in texts]
+    warnings = [" ".join(re.sub(noise, "", text).replace(f"{work}/", "").split())[:500]
+                for text in report["warnings"]]
     if not spiders:
-        why = warnings[0] if warnings else "check SPIDER_MODULES in its settings"
-        raise BadRequest(f"the project has no spiders; {why}")
+        raise BadRequest("the project has no spiders; "
+                         + ("".join(warnings[:1]) or "check SPIDER_MODULES in its settings"))
     if bad := [name for name in spiders if name.startswith("-") or not name.isprintable()]:
         raise BadRequest(f"Scrapy cannot run a spider called {quoted(bad[0])}; rename it")
     return {"spiders": spiders, "warnings": warnings}
@@ -1080,8 +1068,8 @@ def explain_list_error(command: Sequence[str], errors: str, work: Path) -> str:
 
     `work` is the private folder in which it ran, with requirements.txt if the project has that.
     """
-    text = errors.replace(f"{work}/", "")
-    _, found, last = text.rpartition("Traceback (most recent call last):\n")  # it ended the program
+    # The last traceback is of what ended the program.
+    _, found, last = errors.replace(f"{work}/", "").rpartition(" (most recent call last):\n")
     own = re.findall('(?m)^  (File "[^/<].*)', last)[-8:]
     lines = [line for line in re.sub(r"\A(?:  .*\n)+", "", last).splitlines() if line.strip()]
     cure = _missing_module_cure(command, errors, work)
@@ -1098,8 +1086,8 @@ def _missing_module_cure(command: Sequence[str], errors: str, work: Path) -> str
         return ""  # or a package of a stranger would be advised in place of the project's own
     python = re.sub("scrapy$", "python", command[0])
     pip = f"{python} -m pip" if "python" in os.path.basename(python) else "pip"
-    has_list = found[-1] != "scrapy" and (work / "requirements.txt").exists()
-    what = "-r requirements.txt" if has_list else found[-1]
+    what = ("-r requirements.txt" if found[-1] != "scrapy" and (work / "requirements.txt").exists()
+            else found[-1])
     return f"install what is missing: {pip} install {what}"
 
 
@@ -1109,7 +1097,7 @@ def end_processes(find: Callable[[], list[psutil.Process]], kill_at: float) -> b
     Each process gets SIGTERM once, and SIGKILL when time.monotonic has come to `kill_at`. When no
     file descriptor is left to look at them, wait until there is: none may be overlooked.
     """
-    asked: set[int] = set()
+    asked: set[psutil.Process] = set()
     is_late = False
     while True:
         try:
@@ -1125,11 +1113,10 @@ def end_processes(find: Callable[[], list[psutil.Process]], kill_at: float) -> b
         if time.monotonic() >= kill_at + 5.0:  # they are of another user, say by sudo
             log(f"these processes cannot be killed: {rest}")
             return is_late
-        for process in rest:
-            if is_late or process.pid not in asked:
-                asked.add(process.pid)
-                with contextlib.suppress(psutil.Error):
-                    process.send_signal(signal.SIGKILL if is_late else signal.SIGTERM)
+        for process in rest if is_late else {*rest} - asked:
+            with contextlib.suppress(psutil.Error):
+                process.send_signal(signal.SIGKILL if is_late else signal.SIGTERM)
+        asked.update(rest)
         psutil.wait_procs(rest, 0.02)
 
 
@@ -1726,7 +1713,8 @@ class Daemon:
                 if job is not None and not job.ending:
                     self._end([job], "timeout")
                 else:
-                    crawl.kill()
+                    crawl.was_killed = True  # so that `end_rest` kills all that it leaves
+                    os.kill(crawl.pid, signal.SIGKILL)
 
     def _set_deadline(self, job: Job, crawl: Crawl) -> None:
         if job.ending:
