@@ -622,7 +622,6 @@ def watch(sender):
 
 if order["command"] == "list":
     base = load_object(globals().get("SPIDER_LOADER_CLASS", "scrapy.spiderloader.SpiderLoader"))
-
     class SPIDER_LOADER_CLASS(base):
         @classmethod
         def from_settings(cls, settings):
@@ -685,10 +684,7 @@ def open_log(path: Path) -> IO[bytes]:
 
 
 def parse_state(data: bytes) -> Any:
-    """Return the document of a state file, without a last change that a crash has torn.
-
-    Raise ValueError for all else, such as a mistake of somebody who has edited the file.
-    """
+    """Return the document of a state file, without a last change that a crash has torn."""
     try:
         document = json.loads(data)
     except ValueError:
@@ -697,26 +693,25 @@ def parse_state(data: bytes) -> Any:
         whole, end, rest = data.partition(STATE_END)
         former, _, last = data.rpartition(b"\n,")
         if end and not rest and b"\0" not in last:
-            raise
+            raise  # somebody has edited the file, and made a mistake
         document = json.loads((whole if rest else former) + STATE_END)
         log("a crash has cut off the last change of the state file, which is left out")
     version = document.get("version") if isinstance(document, dict) else None
     if version != STATE_VERSION:
-        raise ValueError(f"it has version {version!r}, this scrapy_do reads version"
-                         f" {STATE_VERSION}")
+        raise ValueError(f"version {version!r}, this scrapy_do reads version {STATE_VERSION}")
     return document
 
 
 def _encode_change(records: Iterable[Record]) -> bytes:
-    # The comma comes first, so that a line can be cut off, or deleted by a person.
+    # The comma comes first, so that the lines before are whole whatever happens to this one.
     return f"\n,[{', '.join(map(encode_record, records))}]".encode("utf-8", "backslashreplace")
 
 
 class Store:
     """The data folder: its lock, the state file, archives, logs and working copies.
 
-    The state file is one JSON document, with a change in each line. A change is a list of records,
-    nearly always of one. The last record of a job or project counts:
+    The state file is one JSON document, with a change in each line: a list of records, nearly
+    always of one. The last record of a job or project counts:
 
         {"version": 2, "since": 1790000000.0, "changes": [
         []
@@ -761,10 +756,7 @@ class Store:
             raise StorageError(f"the data folder cannot be used: {error}; see --data-dir") from None
 
     def load(self) -> tuple[dict[str, Project], dict[str, Job]]:
-        """Return the saved records, the jobs in the order in which they were made.
-
-        Raise StorageError that names the file when this version has not written it.
-        """
+        """Return the saved records, jobs in the order they were made in, or raise StorageError."""
         projects: dict[str, Project] = {}
         jobs: dict[str, Job] = {}
         try:
@@ -780,10 +772,8 @@ class Store:
         return projects, jobs
 
     def sweep(self, known: Collection[str], running: Collection[str]) -> None:
-        """Delete what a crash left behind: uploads, code and logs not known, and working copies.
-
-        What is older than the state file stays, since that may have been moved away by hand.
-        """
+        """Delete what a crash left behind: uploads, code and logs not known, and working copies."""
+        # What is older than the state file stays, since that may have been moved away by hand.
         for path in (*self.projects.iterdir(), *self.logs.iterdir()):
             if (path.stem not in known and JOB_PATTERN.fullmatch(path.stem)
                     and path.lstat().st_mtime >= self._since):
@@ -858,23 +848,19 @@ CODE_SUFFIXES = (".py", ".pyc")
 
 
 def unpack(archive: Path, folder: Path) -> Project:
-    """Unpack a pushed archive into a new folder, and return what its `scrapy.cfg` says.
-
-    Raise BadRequest with the reason, or OSError.
-    """
+    """Unpack an archive into a new folder; return what `scrapy.cfg` says, or raise BadRequest."""
     import zipfile
 
     folder.mkdir(mode=0o700)
     try:
         with zipfile.ZipFile(archive) as bundle:
             entries = bundle.infolist()
-            if (len(entries) > ARCHIVE_ENTRIES
-                    or sum(entry.file_size for entry in entries) > ARCHIVE_BYTES):  # all that is unpacked
+            if (len(entries) > ARCHIVE_ENTRIES  # and zipfile unpacks no more than these sizes
+                    or sum(entry.file_size for entry in entries) > ARCHIVE_BYTES):
                 raise TooLarge(f"the archive has over {ARCHIVE_ENTRIES} entries, or unpacks to more"
                                f" than {ARCHIVE_BYTES // MIB} MiB; zip less")
             for entry in entries:
-                # Some programs of Windows write backslashes.
-                name = entry.filename = entry.filename.replace("\\", "/")
+                name = entry.filename = entry.filename.replace("\\", "/")  # of Windows
                 mode = entry.external_attr >> 16
                 if stat.S_ISLNK(mode):
                     raise BadRequest(f"the archive holds a link, {quoted(name)}: zip without"
@@ -932,10 +918,8 @@ def _read_config(push: str, folder: Path, names: Collection[str]) -> Project:
 
 
 def copy_tree(source: str, target: str) -> bool:
-    """Make a working copy; False when a crawl has written into the code in place.
-
-    Code is hard links, which take a tenth of the time of copies; crawls rarely write to it.
-    """
+    """Make a working copy; return False when a crawl has written into the code in place."""
+    # Code is hard links, which take a tenth of the time of copies; crawls rarely write to it.
     os.mkdir(target)
     is_clean = True
     with os.scandir(source) as entries:
@@ -1009,10 +993,8 @@ class Crawl:
         return os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT | options) is not None
 
     def end_rest(self, kill_after: float) -> None:
-        """End what the command left behind: SIGTERM once, SIGKILL after as many seconds.
-
-        The seconds count from when the command was asked to end, if it was.
-        """
+        """End what the command left behind: SIGTERM once, SIGKILL after as many seconds."""
+        # They count from when the command was asked to end, if it was.
         kill_at = min(self.deadline, time.monotonic() + (0.0 if self.was_killed else kill_after))
         find = functools.partial(find_family, self.pid, self.identifier)
         self.was_killed = end_processes(find, kill_at) or self.was_killed
@@ -1045,11 +1027,8 @@ def read_stats(path: Path) -> dict[str, Any] | None:
 
 
 def read_report(path: Path, output: str, work: Path) -> dict[str, Any]:
-    """Return the spiders of a project and Scrapy's warnings, by the shim's report.
-
-    A launcher that drops our environment has no report; then each line of its output is a spider.
-    Raise BadRequest for a project without spiders, or with a name that no command line can have.
-    """
+    """Return the spiders and Scrapy's warnings. Raise BadRequest for no spiders, or a bad name."""
+    # A launcher that drops our environment has no report; then each line of output is a spider.
     report = read_stats(path) or {"spiders": output.splitlines(), "warnings": []}
     spiders = sorted({name.strip() for name in report["spiders"]} - {""})
     noise = r"(?m)^Traceback .*\n(?: .*\n)*|See above traceback for details\."
@@ -1064,11 +1043,8 @@ def read_report(path: Path, output: str, work: Path) -> dict[str, Any]:
 
 
 def explain_list_error(command: Sequence[str], errors: str, work: Path) -> str:
-    """Return why `scrapy list` failed: the exception, its cure, then the project's own frames.
-
-    `work` is the private folder in which it ran, with requirements.txt if the project has that.
-    """
-    # The last traceback is of what ended the program.
+    """Return why `scrapy list` failed: the exception, its cure, then the project's own frames."""
+    # The last traceback is of what ended the program. `work` is where scrapy.cfg is.
     _, found, last = errors.replace(f"{work}/", "").rpartition(" (most recent call last):\n")
     own = re.findall('(?m)^  (File "[^/<].*)', last)[-8:]
     lines = [line for line in re.sub(r"\A(?:  .*\n)+", "", last).splitlines() if line.strip()]
@@ -1134,18 +1110,16 @@ def _read_environment(process: psutil.Process) -> dict[str, str]:
     # Return {} for a process that is gone or hidden. Threads of the kernel, which are in no
     # session, never have an environment; in the middle of exec there is none for a moment.
     with contextlib.suppress(psutil.Error, ProcessLookupError):
-        if os.getsid(process.pid) and not process.environ():
+        for _ in range(2):
+            if (environment := process.environ()) or not os.getsid(process.pid):
+                return environment
             time.sleep(0.005)
-        return process.environ()
     return {}
 
 
 def find_family(leader: int, identifier: str) -> list[psutil.Process]:
-    """Return the living processes of a crawl, but for its leader, and all that descends from them.
-
-    They are below this process, so nobody else's are looked at.
-    """
-    found = []
+    """Return the living processes of a crawl but for its leader, and all that descend from them."""
+    found = []  # they are below this process, so nobody else's are looked at
     todo = [(pid, False) for pid in child_pids(os.getpid())]
     for pid, is_ours in todo:  # it grows
         with contextlib.suppress(psutil.Error, ProcessLookupError):
