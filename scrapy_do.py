@@ -545,7 +545,6 @@ def _decode_field(kind: type[Job | Project], name: str, value: Any) -> Any:
 SHIM_MODULE = "scrapy_do_shim"
 SHIM = """
 import atexit, importlib, json, os, sys, warnings
-
 from pydispatch import dispatcher
 from scrapy import exporters, signals
 from scrapy.utils.misc import load_object
@@ -572,14 +571,12 @@ def watch(sender):
 
 if order["command"] == "list":
     base = load_object(globals().get("SPIDER_LOADER_CLASS", "scrapy.spiderloader.SpiderLoader"))
-
     class SPIDER_LOADER_CLASS(base):
         @classmethod
         def from_settings(cls, settings):
             with warnings.catch_warnings(record=True) as caught:
                 loader = base.from_settings(settings)
-            texts = [str(warning.message) for warning in caught]
-            report(spiders=[str(name) for name in loader.list()], warnings=texts)
+            report(spiders=list(map(str, loader.list())), warnings=[str(w.message) for w in caught])
             return loader
 else:  # signals of whatever sender: the project's own collector, extensions and feeds are untouched
     dispatcher.connect(watch, signals.spider_opened)
@@ -593,10 +590,10 @@ STATE_VERSION = 2
 STATE_END = b"\n]}\n"
 
 
-def sync(path: Path) -> None:
-    """Make a file and its name durable, see fsync(2)."""
-    for each in (path, path.parent):
-        descriptor = os.open(each, os.O_RDONLY)
+def sync(*paths: Path) -> None:
+    """Make files, and the names in folders, durable, see fsync(2)."""
+    for path in paths:
+        descriptor = os.open(path, os.O_RDONLY)
         try:
             os.fsync(descriptor)
         finally:
@@ -605,19 +602,16 @@ def sync(path: Path) -> None:
 
 def file_size(path: Path) -> int:
     """Return the length of a file in bytes; 0 when there is none."""
-    try:
-        return path.lstat().st_size
-    except OSError:
-        return 0
+    return path.lstat().st_size if os.path.lexists(path) else 0
 
 
 def remove_tree(path: Path) -> None:
     """Delete a file or a folder with all that a crawl may have left there; log a failure."""
     try:
-        if path.is_symlink() or not path.is_dir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
             path.unlink(missing_ok=True)
-            return
-        shutil.rmtree(path, ignore_errors=True)
         if path.exists():  # there may be folders that even their owner cannot write to
             folders = [str(path)]
             for folder in folders:  # to which those in them are added
@@ -638,49 +632,41 @@ def open_log(path: Path) -> IO[bytes]:
         raise NotFound(f"the log cannot be read: {error.strerror}") from None
 
 
-def parse_state(data: bytes) -> dict[str, Any]:
-    """Return the document of a state file, without a last change that a crash has torn.
-
-    Raise ValueError for all else, such as a mistake of somebody who has edited the file.
-    """
+def parse_state(data: bytes) -> Any:
+    """Return the document of a state file, without a last change that a crash has torn."""
     try:
         document = json.loads(data)
     except ValueError:
         # A crash leaves rubbish after a whole document, or a last change that is cut off or has
         # zeros where the disk was not written.
         whole, end, rest = data.partition(STATE_END)
-        # Of the last change maybe nothing but its comma was written over the former brackets.
-        former, _, last = data.rpartition(b",]}\n" if data.endswith(b",]}\n") else b",\n")
+        former, _, last = data.rpartition(b"\n,")
         if end and not rest and b"\0" not in last:
-            raise
+            raise  # somebody has edited the file, and made a mistake
         document = json.loads((whole if rest else former) + STATE_END)
         log("a crash has cut off the last change of the state file, which is left out")
-    if not isinstance(document, dict) or type(document.get("version")) is not int:
-        raise ValueError("it is not an object with a 'version'")
-    if document["version"] != STATE_VERSION:
-        raise ValueError(
-            f"it has version {document['version']}, this scrapy_do reads version {STATE_VERSION}"
-        )
-    if not isinstance(document.get("changes"), list):
-        raise ValueError("its 'changes' must be a list of lists")
+    version = document.get("version") if isinstance(document, dict) else None
+    if version != STATE_VERSION:
+        raise ValueError(f"version {version!r}, this scrapy_do reads version {STATE_VERSION}")
     return document
 
 
-def encode_change(records: Iterable[Record]) -> bytes:
-    """Return a line of the state file, after the comma that separates it from those before."""
-    return f",\n[{', '.join(map(encode_record, records))}]".encode("utf-8", "backslashreplace")
+def _encode_change(records: Iterable[Record]) -> bytes:
+    # The comma comes first, so that the lines before are whole whatever happens to this one.
+    return f"\n,[{', '.join(map(encode_record, records))}]".encode("utf-8", "backslashreplace")
 
 
 class Store:
     """The data folder: its lock, the state file, archives, logs and working copies.
 
-    The state file is one JSON document, with a change in each line. A change is a list of records,
-    nearly always of one. The last record of a job or project counts:
+    The state file is one JSON document, with a change in each line: a list of records, nearly
+    always of one. The last record of a job or project counts:
 
         {"version": 2, "since": 1790000000.0, "changes": [
-        [{"name": "shop", "push": "1b9d...", "spiders": ["books"]}],
-        [{"identifier": "0c1f...", "status": "RUNNING", ...}],
-        [{"identifier": "9a7e...", "gone": true}]
+        []
+        ,[{"name": "shop", "push": "1b9d...", "spiders": ["books"]}]
+        ,[{"identifier": "0c1f...", "status": "RUNNING", ...}]
+        ,[{"identifier": "9a7e...", "gone": true}]
         ]}
 
     A change is written over the closing brackets and ends with new ones, in a write and an fsync.
@@ -690,77 +676,56 @@ class Store:
     """
 
     def __init__(self, folder: Path):
-        """Create and lock the folder. Raise StorageError when it is in use or cannot be written."""
+        # Create and lock the folder. Raise StorageError when it is in use or cannot be written.
         self.folder, self.state_file = folder, folder / "state.json"
         self.projects, self.logs, self.work = folder / "projects", folder / "logs", folder / "work"
         self.spider_data, self.shim = folder / "spider-data", self.work / "shim"
         self.is_behind = False  # the file lacks changes that have happened
         self._since = time.time()  # when the file began; what is older in the folder is not ours
-        self._size = 0  # of the file, as we have written it
-        self._most = 0  # the size from which on it is written anew
+        self._size = self._most = 0  # of the file, and from which on it is written anew
         try:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             if folder.stat().st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-                raise StorageError(
-                    f"others may write to {folder}, and so run code as you: run"
-                    f" 'chmod go-w {folder}'"
-                )
-            self._lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            for path in (self.projects, self.logs, self.work, self.spider_data):
+                raise StorageError(f"others may write to {folder}, and so run code as you: run"
+                                   f" 'chmod go-w {folder}'")
+            # The kernel unlocks it when the process ends or executes another program.
+            self.lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            for path in (self.projects, self.logs, self.work, self.spider_data, self.shim):
                 path.mkdir(mode=0o700, exist_ok=True)  # or a link to a folder, made by its owner
             # Whatever runs has files there, so the last daemon did not end well.
             self.was_crashed = any(path != self.shim for path in self.work.iterdir())
-            self._write_shim()
+            path = self.shim / f"{SHIM_MODULE}.py"
+            if not path.exists() or path.read_text() != SHIM:  # a crawl may just be reading it
+                path.write_text(SHIM)
         except BlockingIOError:
-            raise StorageError(
-                f"another scrapy_do uses {folder}: stop it, or choose another --data-dir"
-            ) from None
+            raise StorageError(f"another scrapy_do uses {folder}: stop it, or choose another"
+                               " --data-dir") from None
         except OSError as error:
             raise StorageError(f"the data folder cannot be used: {error}; see --data-dir") from None
 
-    def _write_shim(self) -> None:
-        path = self.shim / f"{SHIM_MODULE}.py"
-        self.shim.mkdir(exist_ok=True)
-        if not path.exists() or path.read_text() != SHIM:  # a crawl may just be reading it
-            path.write_text(SHIM)
-
-    def close(self) -> None:
-        """Unlock the folder."""
-        os.close(self._lock)
-
     def load(self) -> tuple[dict[str, Project], dict[str, Job]]:
-        """Return the saved records, the jobs in the order in which they were made.
-
-        Raise StorageError that names the file when this version has not written it.
-        """
+        """Return the saved records, jobs in the order they were made in, or raise StorageError."""
         projects: dict[str, Project] = {}
         jobs: dict[str, Job] = {}
-        if not os.path.lexists(self.state_file):
-            with contextlib.suppress(OSError):  # from now on leftovers are known to be ours
-                self.rewrite([])
-            return projects, jobs
         try:
+            if not os.path.lexists(self.state_file):
+                self.rewrite([])  # from now on leftovers are known to be ours
             document = parse_state(self.state_file.read_bytes())
             self._since = float(document.get("since", self._since))
-            for fields in itertools.chain(*document["changes"]):
+            for fields in itertools.chain(*document.get("changes")):
                 apply_record(decode_record(fields), projects, jobs)
         except (OSError, ValueError, TypeError, RecursionError) as error:
-            raise StorageError(
-                f"{self.state_file} cannot be read: {error}; nothing was changed; mend the file, or"
-                " move the whole folder away"
-            ) from None
+            raise StorageError(f"{self.state_file} cannot be read: {error}; nothing was changed;"
+                               " mend the file, or move the whole folder away") from None
         return projects, jobs
 
-    def sweep(self, pushes: Iterable[str], jobs: Iterable[str], running: Collection[str]) -> None:
-        """Delete what a crash left behind: uploads and code, logs, and working copies.
-
-        What is older than the state file stays, since that may have been moved away by hand.
-        """
-        known = {*pushes, *jobs}
+    def sweep(self, known: Collection[str], running: Collection[str]) -> None:
+        """Delete what a crash left behind: uploads, code and logs not known, and working copies."""
+        # What is older than the state file stays, since that may have been moved away by hand.
         for path in (*self.projects.iterdir(), *self.logs.iterdir()):
-            is_ours = JOB_PATTERN.fullmatch(path.stem) and path.lstat().st_mtime >= self._since
-            if is_ours and path.stem not in known:
+            if (path.stem not in known and JOB_PATTERN.fullmatch(path.stem)
+                    and path.lstat().st_mtime >= self._since):
                 remove_tree(path)
         for path in self.work.iterdir():
             if path != self.shim and path.stem not in running:
@@ -778,36 +743,33 @@ class Store:
         """Save a change; False when the file must be written anew. Raise OSError."""
         if self.is_behind or self._size >= self._most or file_size(self.state_file) != self._size:
             return False
-        data = encode_change(records) + STATE_END
+        data = _encode_change(records) + STATE_END
         start = self._size - len(STATE_END)
-        descriptor = os.open(self.state_file, os.O_WRONLY | os.O_NOFOLLOW)
-        try:
-            if os.pwrite(descriptor, data, start) < len(data):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            os.fsync(descriptor)
-        except OSError:
-            with contextlib.suppress(OSError):  # the change was refused, even if we end right now
-                os.ftruncate(descriptor, self._size)
-                os.pwrite(descriptor, STATE_END, start)
-            raise
-        finally:
-            os.close(descriptor)
+        with open(self.state_file, "r+b", buffering=0) as file:
+            try:
+                if os.pwrite(file.fileno(), data, start) < len(data):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                os.fsync(file.fileno())
+            except OSError:
+                with contextlib.suppress(OSError):  # it was refused, even if we end right now
+                    os.ftruncate(file.fileno(), self._size)
+                    os.pwrite(file.fileno(), STATE_END, start)
+                raise
         self._size = start + len(data)
         return True
 
     def rewrite(self, records: Iterable[Record]) -> None:
         """Write the file anew: beside, fsync, rename, fsync the folder. Raise OSError."""
         temporary = self.folder / "state.json.new"
-        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW
-        head = f'{{"version": {STATE_VERSION}, "since": {self._since!r}, "changes": [\n[]'
-        with open(os.open(temporary, flags, 0o600), "wb", buffering=CHUNK_BYTES) as file:
-            file.write(head.encode())
-            file.writelines(encode_change([record]) for record in records)
+        with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
+            file.write(f'{{"version": {STATE_VERSION}, "since": {self._since!r}, "changes": [\n[]'
+                       .encode())
+            file.writelines(_encode_change([record]) for record in records)
             file.write(STATE_END)
             self._size = file.tell()
         sync(temporary)
         os.replace(temporary, self.state_file)
-        sync(self.state_file)
+        sync(self.folder)
         self._most = 2 * self._size + MIB
         self.is_behind = False
 
@@ -832,28 +794,22 @@ ARCHIVE_BYTES = 1024 * MIB  # as it comes out
 # and after an in-place write the time is another, whatever the system clock has done meanwhile.
 CODE_STAMP_NS = 1_600_000_000 * 10**9
 CODE_SUFFIXES = (".py", ".pyc")
-DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EMFILE)
-SECRETS = ("NOTIFY_SOCKET", "WATCHDOG_", "LISTEN_", "CREDENTIALS_DIRECTORY", "SCRAPY_DO_HANDOVER")
 
 
 def unpack(archive: Path, folder: Path) -> Project:
-    """Unpack a pushed archive into a new folder, and return what its `scrapy.cfg` says.
-
-    Raise BadRequest with the reason, or OSError.
-    """
+    """Unpack an archive into a new folder; return what `scrapy.cfg` says, or raise BadRequest."""
     import zipfile
 
     folder.mkdir(mode=0o700)
     try:
         with zipfile.ZipFile(archive) as bundle:
             entries = bundle.infolist()
-            if len(entries) > ARCHIVE_ENTRIES:
-                raise TooLarge(f"the archive has over {ARCHIVE_ENTRIES} entries; zip less")
-            if sum(entry.file_size for entry in entries) > ARCHIVE_BYTES:  # zipfile unpacks no more
-                raise TooLarge(f"the archive unpacks to more than {ARCHIVE_BYTES // MIB} MiB")
+            if (len(entries) > ARCHIVE_ENTRIES  # and zipfile unpacks no more than these sizes
+                    or sum(entry.file_size for entry in entries) > ARCHIVE_BYTES):
+                raise TooLarge(f"the archive has over {ARCHIVE_ENTRIES} entries, or unpacks to more"
+                               f" than {ARCHIVE_BYTES // MIB} MiB; zip less")
             for entry in entries:
-                # Some programs of Windows write backslashes.
-                name = entry.filename = entry.filename.replace("\\", "/")
+                name = entry.filename = entry.filename.replace("\\", "/")  # of Windows
                 mode = entry.external_attr >> 16
                 if stat.S_ISLNK(mode):
                     raise BadRequest(f"the archive holds a link, {quoted(name)}: zip without"
@@ -866,14 +822,15 @@ def unpack(archive: Path, folder: Path) -> Project:
                 if name.endswith(CODE_SUFFIXES):
                     os.utime(path, ns=(CODE_STAMP_NS, CODE_STAMP_NS))
     except Exception as error:  # a damaged file makes zipfile raise nearly anything
-        if isinstance(error, ScrapyDoError) or getattr(error, "errno", None) in DISK_ERRORS:
+        if (isinstance(error, ScrapyDoError) or getattr(error, "errno", None)
+                in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EMFILE)):
             raise
-        raise BadRequest(explain_archive(archive, str(error).replace(f"{folder}/", ""))) from None
-    return read_config(archive.stem, folder, {entry.filename for entry in entries})
+        raise BadRequest(_explain_archive(archive, str(error).replace(f"{folder}/", ""))) from None
+    return _read_config(archive.stem, folder, {entry.filename for entry in entries})
 
 
-def explain_archive(archive: Path, problem: str) -> str:
-    """Return why an archive cannot be unpacked, by the first bytes of the file too."""
+def _explain_archive(archive: Path, problem: str) -> str:
+    # Return why an archive cannot be unpacked, by the first bytes of the file too.
     with open(archive, "rb") as file:
         start = file.read(200)
     if start.startswith(b"PK"):
@@ -884,11 +841,9 @@ def explain_archive(archive: Path, problem: str) -> str:
     return f"it is {what}; make a zip, 'git archive -o demo.zip HEAD', and {PUSH_CALL}"
 
 
-def read_config(push: str, folder: Path, names: Collection[str]) -> Project:
-    """Read the one `scrapy.cfg` of an unpacked archive; the spiders are not known yet.
-
-    The project's name is in [deploy], or in the sections [deploy:TARGET] if these agree.
-    """
+def _read_config(push: str, folder: Path, names: Collection[str]) -> Project:
+    # Read the one `scrapy.cfg` of an unpacked archive; the spiders are not known yet. The project's
+    # name is in [deploy], or in the sections [deploy:TARGET] if these agree.
     import configparser
 
     found = sorted(name for name in names if os.path.basename(name) == "scrapy.cfg")
@@ -900,28 +855,20 @@ def read_config(push: str, folder: Path, names: Collection[str]) -> Project:
         config.read_string((folder / found[0]).read_text(encoding="utf-8-sig"))
     except (configparser.Error, UnicodeDecodeError) as error:
         raise BadRequest(f"scrapy.cfg cannot be read: {error!s:.500}") from None
-    targets = [section for section in config.sections() if section.startswith("deploy:")]
-    named = [config.get(each, "project", fallback="").strip() for each in ("deploy", *targets)]
-    projects = {*named[:1]} - {""} or {*named} - {""}
-    if len(projects) != 1:
-        listed = " and ".join(sorted(map(quoted, projects))) or "no project"
-        raise BadRequest(f"scrapy.cfg names {listed}; add [deploy] with 'project = NAME'")
-    [name] = projects
-    if not NAME_PATTERN.fullmatch(name):
-        raise BadRequest(
-            f"the project cannot be called {quoted(name)}: use letters, digits, '_', '-' and '.',"
-            " at most 100, the first not '.' or '-'"
-        )
-    default = config.get("settings", "default", fallback="")
-    settings = config.get("settings", name, fallback=default).strip()
-    return Project(name, push, os.path.dirname(found[0]), settings, ())
+    sections = ["deploy", *(each for each in config.sections() if each.startswith("deploy:"))]
+    named = [config.get(each, "project", fallback="").strip() for each in sections]
+    name = "' and '".join(sorted({*named[:1]} - {""} or {*named} - {""}))
+    if not NAME_PATTERN.fullmatch(name):  # which several, put together so, are not either
+        raise BadRequest(f"the project cannot be called '{name:.200}'; in scrapy.cfg, add [deploy]"
+                         " with 'project = NAME', which has letters, digits, '_', '-' and '.',"
+                         " at most 100, the first not '.' or '-'")
+    settings = config.get("settings", name, fallback=config.get("settings", "default", fallback=""))
+    return Project(name, push, os.path.dirname(found[0]), settings.strip(), ())
 
 
 def copy_tree(source: str, target: str) -> bool:
-    """Make a working copy; False when a crawl has written into the code in place.
-
-    Code is hard links, which take a tenth of the time of copies; crawls rarely write to it.
-    """
+    """Make a working copy; return False when a crawl has written into the code in place."""
+    # Code is hard links, which take a tenth of the time of copies; crawls rarely write to it.
     os.mkdir(target)
     is_clean = True
     with os.scandir(source) as entries:
@@ -940,15 +887,11 @@ def copy_tree(source: str, target: str) -> bool:
     return is_clean
 
 
-def keep_bytecode(source: Path, target: Path, is_stamped: bool = False) -> None:
-    """Move compiled modules to where crawls get them, so that no crawl compiles them again.
-
-    With `is_stamped`, leave those which a crawl has changed.
-    """
+def keep_bytecode(source: Path, target: Path) -> None:
+    """Move compiled modules to where crawls get them, so that no crawl compiles them again."""
     for path in source.rglob("__pycache__/*.pyc"):
-        kept, found = target / path.relative_to(source), path.lstat()
-        is_good = found.st_mtime_ns == CODE_STAMP_NS or not is_stamped
-        if is_good and stat.S_ISREG(found.st_mode) and kept.parent.parent.is_dir():
+        kept = target / path.relative_to(source)
+        if stat.S_ISREG(path.lstat().st_mode) and kept.parent.parent.is_dir():
             kept.parent.mkdir(exist_ok=True)
             shutil.move(path, kept)  # maybe to another file system
             os.utime(kept, ns=(CODE_STAMP_NS, CODE_STAMP_NS))
@@ -971,33 +914,26 @@ class Crawl:
         self.was_killed = False  # it took SIGKILL to end it
         self.is_over = threading.Event()  # it is gone, with its last status saved
 
-    def start(
-        self, command: Sequence[str], folder: Path, environment: dict[str, str],
-        logs: Sequence[Path],
-    ) -> None:  # fmt: skip
+    def start(self, command: Sequence[str], folder: Path, environment: dict[str, str],
+              logs: Sequence[Path]) -> None:
         """Start the command. Raise ScrapyDoError when that fails."""
         # Opened to append, so that a log which somebody truncates does not get filled with NUL.
         flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK
         try:
-            with contextlib.ExitStack() as stack:
-                out, err = (
-                    stack.enter_context(open(os.open(path, flags, 0o600), "wb")) for path in logs
-                )
+            with (open(os.open(logs[0], flags, 0o600), "wb") as out,
+                  open(os.open(logs[1], flags, 0o600), "wb") as err):
                 process = subprocess.Popen(
                     [word.encode() for word in command],  # UTF-8, whatever the daemon's locale
                     cwd=folder, env=environment, stdin=subprocess.DEVNULL, stdout=out, stderr=err,
-                    start_new_session=True,
-                )  # fmt: skip
-        except (FileNotFoundError, PermissionError, NotADirectoryError) as error:
+                    start_new_session=True)
+        except OSError as error:
+            problem = f"'{command[0]}' cannot be started: {error.strerror}"
+            if not isinstance(error, (FileNotFoundError, PermissionError, NotADirectoryError)):
+                raise StorageError(problem) from None
             home, is_program, _ = command[0].rpartition("/bin/")
             how = f"python3 -m venv {home} && {home}/bin/python -m pip install scrapy; "
-            raise BadRequest(
-                f"'{command[0]}' cannot be started: {error.strerror}; {how if is_program else ''}"
-                "install Scrapy, or say where it is by --scrapy"
-            ) from None
-        except (OSError, ValueError) as error:
-            problem = getattr(error, "strerror", None) or error
-            raise StorageError(f"'{command[0]}' cannot be started: {problem}") from None
+            raise BadRequest(f"{problem}; {how if is_program else ''}install Scrapy, or say where"
+                             " it is by --scrapy") from None
         process.returncode = 0  # so that Popen leaves it to `reap`
         self.pid, self.began = process.pid, time.monotonic()
 
@@ -1005,18 +941,10 @@ class Crawl:
         """Wait until the command has ended; with os.WNOHANG only tell whether it has."""
         return os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT | options) is not None
 
-    def kill(self) -> None:
-        """Kill the command; `end_rest` then kills all that it leaves."""
-        self.was_killed, self.deadline = True, float("inf")
-        os.kill(self.pid, signal.SIGKILL)
-
     def end_rest(self, kill_after: float) -> None:
-        """End what the command left behind: SIGTERM once, SIGKILL after as many seconds.
-
-        The seconds count from when the command was asked to end, if it was.
-        """
-        now = time.monotonic()
-        kill_at = now if self.was_killed else min(self.deadline, now + kill_after)
+        """End what the command left behind: SIGTERM once, SIGKILL after as many seconds."""
+        # They count from when the command was asked to end, if it was.
+        kill_at = min(self.deadline, time.monotonic() + (0.0 if self.was_killed else kill_after))
         find = functools.partial(find_family, self.pid, self.identifier)
         self.was_killed = end_processes(find, kill_at) or self.was_killed
 
@@ -1027,14 +955,15 @@ class Crawl:
 
 def outer_environment() -> dict[str, str]:
     """Return the environment of the daemon without what is for the daemon alone."""
-    return {k: v for k, v in os.environ.items() if not k.startswith(SECRETS)}
+    return {name: value for name, value in os.environ.items() if not name.startswith(
+        ("NOTIFY_SOCKET", "WATCHDOG_", "LISTEN_", "CREDENTIALS_DIRECTORY", "SCRAPY_DO_HANDOVER"))}
 
 
 def crawl_arguments(job: Job) -> list[str]:
     """Return the words after `scrapy` of a crawl. A project's LOG_FILE would hide its log."""
     payload = [f"payload={job.payload}"] if job.payload != "{}" else []
-    options = [("-a", text) for text in (*payload, *job.arg)]
-    options += [("-s", text) for text in ("LOG_FILE=", *job.setting)]
+    options = [*(("-a", text) for text in (*payload, *job.arg)),
+               *(("-s", text) for text in ("LOG_FILE=", *job.setting))]
     return ["crawl", job.spider, *itertools.chain(*options)]
 
 
@@ -1047,49 +976,43 @@ def read_stats(path: Path) -> dict[str, Any] | None:
 
 
 def read_report(path: Path, output: str, work: Path) -> dict[str, Any]:
-    """Return the spiders of a project and Scrapy's warnings, by the shim's report.
-
-    A launcher that drops our environment has no report; then each line of its output is a spider.
-    Raise BadRequest for a project without spiders, or with a name that no command line can have.
-    """
+    """Return the spiders and Scrapy's warnings. Raise BadRequest for no spiders, or a bad name."""
+    # A launcher that drops our environment has no report; then each line of output is a spider.
     report = read_stats(path) or {"spiders": output.splitlines(), "warnings": []}
     spiders = sorted({name.strip() for name in report["spiders"]} - {""})
     noise = r"(?m)^Traceback .*\n(?: .*\n)*|See above traceback for details\."
-    texts = [re.sub(noise, "", text).replace(f"{work}/", "") for text in report["warnings"]]
-    warnings = [" ".join(text.split())[:500] for text in texts]
+    warnings = [" ".join(re.sub(noise, "", text).replace(f"{work}/", "").split())[:500]
+                for text in report["warnings"]]
     if not spiders:
-        why = warnings[0] if warnings else "check SPIDER_MODULES in its settings"
-        raise BadRequest(f"the project has no spiders; {why}")
+        raise BadRequest("the project has no spiders; "
+                         + ("".join(warnings[:1]) or "check SPIDER_MODULES in its settings"))
     if bad := [name for name in spiders if name.startswith("-") or not name.isprintable()]:
         raise BadRequest(f"Scrapy cannot run a spider called {quoted(bad[0])}; rename it")
     return {"spiders": spiders, "warnings": warnings}
 
 
 def explain_list_error(command: Sequence[str], errors: str, work: Path) -> str:
-    """Return why `scrapy list` failed: the exception, its cure, then the project's own frames.
-
-    `work` is the private folder in which it ran, with requirements.txt if the project has that.
-    """
-    text = errors.replace(f"{work}/", "")
-    _, found, last = text.rpartition("Traceback (most recent call last):\n")  # it ended the program
-    own = re.findall('(?m)^  (File "[^/<].*)', last)
+    """Return why `scrapy list` failed: the exception, its cure, then the project's own frames."""
+    # The last traceback is of what ended the program. `work` is where scrapy.cfg is.
+    _, found, last = errors.replace(f"{work}/", "").rpartition(" (most recent call last):\n")
+    own = re.findall('(?m)^  (File "[^/<].*)', last)[-8:]
     lines = [line for line in re.sub(r"\A(?:  .*\n)+", "", last).splitlines() if line.strip()]
-    cure = missing_module_cure(command, errors, work)
+    cure = _missing_module_cure(command, errors, work)
     if cure and found and not own:  # pip may have a stranger's package of that name
         cure = "scrapy.cfg or a setting names it; put it into the archive, or install it"
-    why = [*(lines[:8] if found else lines[-8:]), cure, *own[-8:]]
-    return "'scrapy list' failed in the project: " + "\n".join(filter(None, why))
+    why = filter(None, [*(lines[:8] if found else lines[-8:]), cure, *own])
+    return "'scrapy list' failed in the project: " + "\n".join(why)
 
 
-def missing_module_cure(command: Sequence[str], errors: str, work: Path) -> str:
-    """Return the command that installs a module which `scrapy list` missed, or ""."""
+def _missing_module_cure(command: Sequence[str], errors: str, work: Path) -> str:
+    # Return the command that installs a module which `scrapy list` missed, or "".
     found = re.findall(r"No module named '?(\w+)", errors)
     if not found or any((work / f"{found[-1]}{suffix}").exists() for suffix in ("", ".py")):
         return ""  # or a package of a stranger would be advised in place of the project's own
     python = re.sub("scrapy$", "python", command[0])
     pip = f"{python} -m pip" if "python" in os.path.basename(python) else "pip"
-    has_list = found[-1] != "scrapy" and (work / "requirements.txt").exists()
-    what = "-r requirements.txt" if has_list else found[-1]
+    what = ("-r requirements.txt" if found[-1] != "scrapy" and (work / "requirements.txt").exists()
+            else found[-1])
     return f"install what is missing: {pip} install {what}"
 
 
@@ -1099,7 +1022,7 @@ def end_processes(find: Callable[[], list[psutil.Process]], kill_at: float) -> b
     Each process gets SIGTERM once, and SIGKILL when time.monotonic has come to `kill_at`. When no
     file descriptor is left to look at them, wait until there is: none may be overlooked.
     """
-    asked: set[int] = set()
+    asked: set[psutil.Process] = set()
     is_late = False
     while True:
         try:
@@ -1115,11 +1038,10 @@ def end_processes(find: Callable[[], list[psutil.Process]], kill_at: float) -> b
         if time.monotonic() >= kill_at + 5.0:  # they are of another user, say by sudo
             log(f"these processes cannot be killed: {rest}")
             return is_late
-        for process in rest:
-            if is_late or process.pid not in asked:
-                asked.add(process.pid)
-                with contextlib.suppress(psutil.Error):
-                    process.send_signal(signal.SIGKILL if is_late else signal.SIGTERM)
+        for process in rest if is_late else {*rest} - asked:
+            with contextlib.suppress(psutil.Error):
+                process.send_signal(signal.SIGKILL if is_late else signal.SIGTERM)
+        asked.update(rest)
         psutil.wait_procs(rest, 0.02)
 
 
@@ -1129,33 +1051,30 @@ def child_pids(pid: int) -> list[int]:
     with contextlib.suppress(FileNotFoundError, ProcessLookupError):
         for thread in os.listdir(f"/proc/{pid}/task"):
             with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-                with open(f"/proc/{pid}/task/{thread}/children", "rb", buffering=0) as file:
-                    found += map(int, file.readall().split())
+                found += map(int, Path(f"/proc/{pid}/task/{thread}/children").read_bytes().split())
     return found
 
 
-def read_environment(process: psutil.Process) -> dict[str, str]:
-    """Return the environment that a process was started with; {} when it is gone or hidden."""
-    with contextlib.suppress(psutil.Error):
+def _read_environment(process: psutil.Process) -> dict[str, str]:
+    # Return {} for a process that is gone or hidden. Threads of the kernel, which are in no
+    # session, never have an environment; in the middle of exec there is none for a moment.
+    with contextlib.suppress(psutil.Error, ProcessLookupError):
         for _ in range(2):
-            if environment := process.environ():
+            if (environment := process.environ()) or not os.getsid(process.pid):
                 return environment
-            time.sleep(0.005)  # in the middle of exec a process shows none for a moment
+            time.sleep(0.005)
     return {}
 
 
 def find_family(leader: int, identifier: str) -> list[psutil.Process]:
-    """Return the living processes of a crawl, but for its leader, and all that descends from them.
-
-    They are below this process, so nobody else's are looked at.
-    """
-    found = []
+    """Return the living processes of a crawl but for its leader, and all that descend from them."""
+    found = []  # they are below this process, so nobody else's are looked at
     todo = [(pid, False) for pid in child_pids(os.getpid())]
     for pid, is_ours in todo:  # it grows
         with contextlib.suppress(psutil.Error, ProcessLookupError):
             process = psutil.Process(pid)
             is_ours = is_ours or os.getsid(pid) == leader
-            is_ours = is_ours or read_environment(process).get("SCRAPY_JOB") == identifier
+            is_ours = is_ours or _read_environment(process).get("SCRAPY_JOB") == identifier
             todo += [(child, is_ours) for child in child_pids(pid)]
             if is_ours and pid != leader and process.status() != psutil.STATUS_ZOMBIE:
                 found.append(process)
@@ -1163,19 +1082,11 @@ def find_family(leader: int, identifier: str) -> list[psutil.Process]:
 
 
 def find_strays(spider_data: Path, kept: Collection[str]) -> list[psutil.Process]:
-    """Return what a daemon that died left running, but for the jobs to keep.
-
-    It is known by our folder. Threads of the kernel are in no session; they have no environment,
-    however long we wait.
-    """
-    found = []
-    for process in psutil.process_iter():
-        with contextlib.suppress(ProcessLookupError):
-            environment = read_environment(process) if os.getsid(process.pid) else {}
-            is_ours = environment.get("SPIDER_DATA_DIR") == str(spider_data)
-            if is_ours and environment.get("SCRAPY_JOB") not in kept:
-                found.append(process)
-    return found
+    """Return what a daemon on our folder left running when it died, but for the jobs to keep."""
+    found = [(process, _read_environment(process)) for process in psutil.process_iter()]
+    return [process for process, environment in found
+            if environment.get("SPIDER_DATA_DIR") == str(spider_data)
+            and environment.get("SCRAPY_JOB") not in kept]
 
 
 # ---- 6. Daemon -------------------------------------------------------------------------------
@@ -1267,7 +1178,7 @@ class Daemon:
         if running or self.store.was_crashed:
             find = functools.partial(find_strays, self.store.spider_data, adopted)
             end_processes(find, time.monotonic())
-        self.store.sweep([project.push for project in projects.values()], jobs, adopted)
+        self.store.sweep({*jobs, *(project.push for project in projects.values())}, adopted)
         with self.lock:
             self.projects.update(projects)
             self.jobs.update(jobs)
@@ -1388,7 +1299,7 @@ class Daemon:
             project = unpack(archive, archive.with_suffix(""))
             found = self._list(project)
             project = project._replace(spiders=tuple(found["spiders"]))
-            sync(archive)
+            sync(archive, archive.parent)
             with self.lock:
                 active = self._select(ACTIVE, project.name)
                 if lost := [job for job in active if job.spider not in project.spiders]:
@@ -1670,7 +1581,8 @@ class Daemon:
                 if job is not None and not job.ending:
                     self._end([job], "timeout")
                 else:
-                    crawl.kill()
+                    crawl.was_killed = True  # so that `end_rest` kills all that it leaves
+                    os.kill(crawl.pid, signal.SIGKILL)
 
     def _set_deadline(self, job: Job, crawl: Crawl) -> None:
         if job.ending:
@@ -2937,27 +2849,27 @@ def _reexec(daemon: Daemon, server: Server, signals: socket.socket) -> None:
 def serve(options: argparse.Namespace, signals: socket.socket) -> None:
     """Run the daemon until a signal stops it. Raise ScrapyDoError when it cannot start."""
     is_reloaded = HANDOVER in os.environ
-    with _listen(options) as listening:
-        options.host, options.port = listening.getsockname()[:2]  # after a reload those of before
-        read_files(options)
-        with contextlib.closing(Store(Path(os.path.realpath(options.data_dir)))) as store:
-            _warn_of_surroundings(options.scrapy)
-            daemon = Daemon(store, options)
-            daemon.start(is_reloaded)
-            server = Server(listening, daemon, options)
-            host = f"[{options.host}]" if ":" in options.host else options.host
-            url = f"{'https' if options.tls else 'http'}://{host}:{options.port}"
-            log(f"scrapy-do {__version__} listens on {url} and keeps everything in {store.folder}")
-            _tell_supervisor("READY=1")
+    listening = _listen(options)
+    options.host, options.port = listening.getsockname()[:2]  # after a reload those of before
+    read_files(options)
+    _warn_of_surroundings(options.scrapy)
+    store = Store(Path(os.path.realpath(options.data_dir)))
+    daemon = Daemon(store, options)
+    daemon.start(is_reloaded)
+    server = Server(listening, daemon, options)
+    host = f"[{options.host}]" if ":" in options.host else options.host
+    url = f"{'https' if options.tls else 'http'}://{host}:{options.port}"
+    log(f"scrapy-do {__version__} listens on {url} and keeps everything in {store.folder}")
+    _tell_supervisor("READY=1")
 
-            while not {signal.SIGTERM, signal.SIGINT} & set(server.serve_until(signals)):
-                _reexec(daemon, server, signals)
+    while not {signal.SIGTERM, signal.SIGINT} & set(server.serve_until(signals)):
+        _reexec(daemon, server, signals)
 
-            _tell_supervisor("STOPPING=1")
-            log("stopping: crawls are being ended, their jobs will run again at the next start")
-            listening.close()
-            daemon.close()
-            server.drain(DRAIN_SECONDS)
+    _tell_supervisor("STOPPING=1")
+    log("stopping: crawls are being ended, their jobs will run again at the next start")
+    listening.close()
+    daemon.close()
+    server.drain(DRAIN_SECONDS)
 
 
 def prepare_process() -> socket.socket:
