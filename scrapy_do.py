@@ -745,7 +745,7 @@ class Store:
             return False
         data = _encode_change(records) + STATE_END
         start = self._size - len(STATE_END)
-        with open(self.state_file, "r+b", buffering=0) as file:
+        with open(os.open(self.state_file, os.O_RDWR), "r+b", buffering=0) as file:
             try:
                 if os.pwrite(file.fileno(), data, start) < len(data):
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
