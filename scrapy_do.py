@@ -117,14 +117,10 @@ def log(message: str) -> None:
         print(f"{time.strftime('%F %T%z')} {text}\n", end="", file=sys.stderr, flush=True)
 
 
-def log_crash(what: str) -> None:
-    """Write the traceback of the exception being handled, a line each."""
-    log(f"{what} failed: {sys.exc_info()[1]!r}")
-    with contextlib.suppress(OSError):  # no file descriptor may be left to read the module
-        import traceback
-
-        for line in traceback.format_exc().splitlines():
-            log(line)
+def log_crash(what: str, error: Exception) -> None:
+    """Write an exception that nobody expected, with its traceback."""
+    log(f"{what} failed: {error!r}")
+    sys.excepthook(type(error), error, error.__traceback__)
 
 
 def quoted(text: str) -> str:
@@ -1547,8 +1543,8 @@ class Daemon:
             try:
                 with self.lock:
                     seconds = self._tick(time.time())
-            except Exception:
-                log_crash("the timer")
+            except Exception as error:
+                log_crash("the timer", error)
             self._wake.wait(seconds)
             self._wake.clear()
 
@@ -1659,8 +1655,8 @@ class Daemon:
             crawl.wait()
             try:
                 crawl.end_rest(self.options.kill_after)
-            except Exception:  # whatever it is, the slot comes free
-                log_crash(f"the end of job {job.identifier}")
+            except Exception as error:  # whatever it is, the slot comes free
+                log_crash(f"the end of job {job.identifier}", error)
         with self.lock:
             self._save_end(job, crawl, problem)
             del self._crawls[job.identifier]
@@ -1687,7 +1683,7 @@ class Daemon:
         except ScrapyDoError as error:
             return str(error)
         except Exception as error:
-            log_crash(f"the start of job {job.identifier}")
+            log_crash(f"the start of job {job.identifier}", error)
             return f"the crawl could not be started: {error!r:.200}"
         return ""
 
@@ -2352,8 +2348,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             raise  # to `Server.handle_error`; the second is a timeout of the system
         except OSError as error:
             self._refuse(StorageError(f"the disk does not take it: {error.strerror}"))
-        except Exception:
-            log_crash("answering a request")
+        except Exception as error:
+            log_crash("answering a request", error)
             self._refuse(ScrapyDoError("the daemon met an error of its own; see its log"))
 
     def parse_request(self) -> bool:
@@ -2634,8 +2630,9 @@ class Server(http.server.ThreadingHTTPServer):
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Log why a connection has ended, unless the client has gone."""
-        if not isinstance(sys.exc_info()[1], OSError):
-            log_crash("a connection")
+        error = sys.exc_info()[1]
+        if isinstance(error, Exception) and not isinstance(error, OSError):
+            log_crash("a connection", error)
 
     def _make_room(self) -> None:
         # The connection that is idle for longest gives way, first of those without a password.
