@@ -1691,19 +1691,20 @@ class Daemon:
         self, crawl: Crawl, project: Project, words: Sequence[str], logs: Sequence[Path]
     ) -> list[str]:
         # Start Scrapy in a working copy, and return the command. `lock` is held.
-        job, work, environment = crawl.job, self.store.work / crawl.identifier, outer_environment()
+        job, work = crawl.job, self.store.work / crawl.identifier
         folder = work / project.folder
-        path = [str(self.store.shim), str(folder), environment.get("PYTHONPATH", "")]
+        path = [str(self.store.shim), str(folder), os.environ.get("PYTHONPATH", "")]
         order = {"command": words[0], "settings": project.settings,
                  "report": str(work.with_suffix(".json")), "items": job is not None and job.items}
-        environment.update(
-            SPIDER_DATA_DIR=str(self.store.spider_data), PYTHONIOENCODING="utf-8",
-            PYTHONPATH=os.pathsep.join(filter(None, path)), SCRAPY_JOB=crawl.identifier,
-            SCRAPY_PROJECT=project.name, SCRAPY_SPIDER=job.spider if job else "",
-            SCRAPY_SETTINGS_MODULE=SHIM_MODULE, SCRAPY_DO=encode_json(order),
-        )
-        # Without a module, Scrapy takes SCRAPY_PROJECT for the name of an option in [settings] of
-        # scrapy.cfg, where most projects have none but `default`.
+        environment = {
+            **outer_environment(), "SPIDER_DATA_DIR": str(self.store.spider_data),
+            "PYTHONIOENCODING": "utf-8", "PYTHONPATH": os.pathsep.join(filter(None, path)),
+            "SCRAPY_JOB": crawl.identifier, "SCRAPY_PROJECT": project.name,
+            "SCRAPY_SPIDER": job.spider if job else "", "SCRAPY_DO": encode_json(order),
+            # Otherwise Scrapy takes SCRAPY_PROJECT for the name of an option in [settings] of
+            # scrapy.cfg, where most projects have none but `default`.
+            "SCRAPY_SETTINGS_MODULE": SHIM_MODULE,
+        }
         if not project.settings:
             del environment["SCRAPY_SETTINGS_MODULE"]
         command = [word.replace("{project}", project.name) for word in self.options.scrapy]
@@ -1735,9 +1736,9 @@ class Daemon:
         exit_code = crawl.reap() if crawl.pid else None
         job = self.jobs.get(job.identifier, job)
         if job.status is Status.RUNNING:
-            stats = read_stats(self.store.work / f"{job.identifier}.json")
-            duration = int(time.monotonic() - crawl.began)
-            job = job._replace(duration=duration, exit_code=exit_code, stats=stats)
+            job = job._replace(
+                duration=int(time.monotonic() - crawl.began), exit_code=exit_code,
+                stats=read_stats(self.store.work / f"{job.identifier}.json"))
             self.save(self._ended(job, exit_code, crawl.was_killed), is_fact=True)
         elif job.status is Status.PENDING and problem:
             self.save(self._finish(job, Status.FAILED, problem), is_fact=True)
@@ -1791,14 +1792,13 @@ class Daemon:
                     if self.jobs.get(job.identifier) is job:  # else it has been forgotten
                         self.save(job._replace(notice=False), is_fact=True)
                     self._is_hooking = True
-                environment = outer_environment()
-                environment.update(SCRAPY_DO_JOB=job.identifier, SCRAPY_DO_STATUS=job.status.value)
                 subprocess.run(
-                    [word.encode() for word in self.options.on_finish], env=environment,
+                    [word.encode() for word in self.options.on_finish],
+                    env={**outer_environment(), "SCRAPY_DO_JOB": job.identifier,
+                         "SCRAPY_DO_STATUS": job.status.value},
                     input=(job_text(job) + "\n").encode("utf-8", "backslashreplace"),
                     stdout=subprocess.DEVNULL, timeout=NOTICE_SECONDS, start_new_session=True,
-                    check=True,
-                )
+                    check=True)
             except Exception as error:
                 log(f"--on-finish failed for job {job.identifier}: {error}")
             self._is_hooking = False
