@@ -2092,47 +2092,19 @@ PAGE_HEADERS = [  # nothing from elsewhere, and no frame around it, whose owner 
 Headers = Sequence[tuple[str, str]]
 
 
-class WrongPassword(ScrapyDoError):
-    """Refuse a user who is unknown or has another password; the answer waits for a while."""
+def load_certificate(certificate: Path, key: Path | None) -> ssl.SSLContext:
+    """Return what speaks TLS; the key may be in `certificate`. Raise ScrapyDoError if that fails.
 
-    status = 401
-
-
-class Tls:
-    """The certificate of the server, read again when its files have changed."""
-
-    def __init__(self, certificate: Path, key: Path | None, password_file: Path | None):
-        """Read the files; the key may be in `certificate`. Raise ScrapyDoError if that fails."""
-        self._files, self._password_file = (certificate, key or certificate), password_file
-        self._load()
-
-    def _stamps(self) -> list[int]:
-        return [os.path.exists(path) and os.stat(path).st_mtime_ns for path in self._files]
-
-    def _load(self) -> None:
-        self._seen = self._stamps()
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        file = self._password_file
-        try:
-            password = file.read_text("utf-8").rstrip("\r\n") if file else ""
-            # Without a function OpenSSL would ask the terminal for the password.
-            context.load_cert_chain(*self._files, lambda: password)
-        except (OSError, ValueError) as error:
-            files = ", ".join(dict.fromkeys(str(path) for path in (*self._files, file) if path))
-            raise ScrapyDoError(f"the certificate cannot be used: {error}; check {files}") from None
-        self._context = context
-
-    def wrap(self, connection: socket.socket) -> socket.socket:
-        """Return a connection that shakes hands when it is read. Raise OSError if that fails."""
-        if self._stamps() != self._seen:
-            try:
-                self._load()
-                log("the renewed certificate is in use")
-            except ScrapyDoError as error:
-                log(f"{error}; the former certificate stays in use")
-        return self._context.wrap_socket(
-            connection, server_side=True, do_handshake_on_connect=False
-        )
+    The files are not watched: a reload executes the program anew, which reads them again.
+    """
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    try:
+        context.load_cert_chain(certificate, key, "")  # None would ask the terminal for a password
+    except (OSError, ValueError) as error:
+        files = f"{certificate} and {key}" if key else f"{certificate}"
+        raise ScrapyDoError(f"the certificate cannot be used: {error}; check {files}; a key with a "
+                            "password: openssl pkey -in KEY -out NEW") from None
+    return context
 
 
 class Rules(NamedTuple):
@@ -2143,7 +2115,7 @@ class Rules(NamedTuple):
     max_connections: int = 256
     allow_host: Sequence[str] = ()  # NAME or NAME:PORT
     users: Mapping[str, str] | None = None  # passwords by name; None lets everybody in
-    tls: Tls | None = None
+    tls: ssl.SSLContext | None = None
 
 
 def read_users(path: Path) -> dict[str, str]:
@@ -2170,18 +2142,30 @@ def read_users(path: Path) -> dict[str, str]:
     return users
 
 
-def parameters_of(text: str) -> dict[str, str]:
-    """Return the parameters in a header's value by lower-case name, RFC 9110 section 5.6.6."""
+def _parameters_of(text: str) -> dict[str, str]:
+    # By lower-case name, from the value of a header, RFC 9110 section 5.6.6.
     found = PARAMETER.finditer(text)
     return {m[1].lower(): re.sub(r"\\(.)", r"\1", m[2] or m[3] or "") for m in found}
 
 
-ALGORITHMS = {"SHA-256": "sha256", "MD5": "md5"}  # as Digest and hashlib name them
+ALGORITHMS = ("SHA-256", "MD5")  # of Digest
 
 
-def digest_of(algorithm: str, *texts: str) -> str:
-    """Return the hexadecimal digest of texts joined by colons."""
-    return hashlib.new(algorithm, ":".join(texts).encode(), usedforsecurity=False).hexdigest()
+def _proofs(fields: Mapping[str, str], method: str, users: Mapping[str, str]) -> list[str]:
+    # What the response of a Digest should be, RFC 7616; nothing for an algorithm that is not known.
+    algorithm = fields.get("algorithm", "MD5").upper()
+    if algorithm not in ALGORITHMS:
+        return []
+
+    def digest(*texts: str) -> str:
+        name, data = algorithm.replace("-", ""), ":".join(texts).encode()
+        return hashlib.new(name, data, usedforsecurity=False).hexdigest()
+
+    uri, *counted = (fields.get(name, "") for name in ("uri", "nonce", "nc", "cnonce", "qop"))
+    user = fields.get("username", "").encode("latin-1").decode("utf-8", "replace")
+    # A user who does not exist costs the same time as one who does.
+    known = digest(user, "scrapy-do", users.get(user, os.urandom(9).hex()))
+    return [digest(known, *counted, digest(method, uri))]
 
 
 class Guard:
@@ -2201,13 +2185,11 @@ class Guard:
         self._renewed = time.monotonic()  # when the newest was made
 
     def check(self, request: Handler) -> None:
-        """Raise ScrapyDoError if a request is refused."""
+        """Raise ScrapyDoError if a request is refused; a wrong password costs a while."""
         host = request.headers.get("host", "localhost").lower()  # only HTTP/1.0 may lack it
         if not self._is_own(host):
-            raise Forbidden(
-                f"{quoted(host)} is not a name of this machine; if it should be, start with"
-                " --allow-host NAME"
-            )
+            raise Forbidden(f"{quoted(host)} is not a name of this machine; if it should be, start"
+                            " with --allow-host NAME")
         if request.command not in ("GET", "HEAD"):
             self._check_page(host, request.headers)
         if self._users is not None:
@@ -2223,59 +2205,47 @@ class Guard:
         return False
 
     def _check_page(self, host: str, headers: Mapping[str, str]) -> None:
-        origin = headers.get("origin", f"https://{host}")
-        scheme, _, place = origin.lower().partition("://")
+        origin = headers.get("origin", f"https://{host}").lower()
+        scheme, _, place = origin.partition("://")
         schemes = ("https",) if self._is_tls else ("https", "http")
-        site = headers.get("sec-fetch-site", "none")
         is_own = scheme in schemes and place in (host, *self._aliases)
-        if not is_own or site not in ("same-origin", "none"):
+        if not is_own or headers.get("sec-fetch-site", "none") not in ("same-origin", "none"):
             raise Forbidden(
                 f"a page of {quoted(origin)} must not change anything at {quoted(host)}; if the"
                 " page is the daemon's, a proxy must keep it ('proxy_set_header Host $http_host'"
-                f" in nginx), or start with --allow-host {place[:100] or 'NAME'}"
-            )
+                f" in nginx), or start with --allow-host {place[:100] or 'NAME'}")
 
     def _check_user(self, request: Handler, users: Mapping[str, str]) -> None:
         self._renew_nonce()
         scheme, _, rest = request.headers.get("authorization", "").partition(" ")
-        if scheme.lower() == "digest":
-            self._check_digest(request, parameters_of(rest), users)
-        elif scheme.lower() != "basic" or not self._is_tls:
-            raise ScrapyDoError(
-                "a user and a password are wanted here: curl --anyauth -u NAME; Basic is taken"
-                " over TLS only", 401, self._challenges(),
-            )  # fmt: skip
+        kind, fields = scheme.lower(), _parameters_of(rest)
+        if kind == "digest":
+            given = fields.get("response", "").lower()
+            wanted = _proofs(fields, request.command, users)
+        elif kind == "basic" and self._is_tls:
+            given = rest.strip()
+            wanted = [base64.b64encode(f"{name}:{users[name]}".encode()).decode() for name in users]
         else:
-            known = [base64.b64encode(f"{name}:{users[name]}".encode()) for name in users]
-            if not any(hmac.compare_digest(rest.strip().encode(), login) for login in known):
-                raise WrongPassword("the user or the password is wrong", None, self._challenges())
+            raise self._challenge("a user and a password are wanted here: curl --anyauth -u NAME;"
+                                  " Basic is taken over TLS only")
+        if not any(hmac.compare_digest(given.encode(), proof.encode()) for proof in wanted):
+            error = self._challenge("the user or the password is wrong")
+            request.log_refusal(error)
+            request._pause(PENALTY_SECONDS)
+            raise error
+        if kind == "digest":
+            self._check_use(request, fields, given)
 
-    def _check_digest(
-        self, request: Handler, fields: Mapping[str, str], users: Mapping[str, str]
-    ) -> None:
-        # See RFC 7616.
-        algorithm = ALGORITHMS.get(fields.get("algorithm", "MD5").upper())
-        digest = functools.partial(digest_of, algorithm or "md5")
-        names = ("uri", "response", "nonce", "nc", "cnonce", "qop")
-        uri, given, nonce, *counted = (fields.get(name, "") for name in names)
-        user = fields.get("username", "").encode("latin-1").decode("utf-8", "replace")
-        # A user who does not exist costs the same time as one who does.
-        known = digest(user, "scrapy-do", users.get(user, os.urandom(9).hex()))
-        proof = digest(known, nonce, *counted, digest(request.command, uri))
-        if not algorithm or not hmac.compare_digest(given.lower().encode(), proof.encode()):
-            raise WrongPassword("the user or the password is wrong", None, self._challenges())
+    def _check_use(self, request: Handler, fields: Mapping[str, str], proof: str) -> None:
         use = object()
-        uses = self._nonces.get(nonce, {proof: None})
+        uses = self._nonces.get(fields.get("nonce", ""), {proof: None})
         if uses.setdefault(proof, use) is not use:  # atomic, so one of two at once is the first
-            raise ScrapyDoError(
-                "the nonce is too old, or this request has come before; ask again", 401,
-                self._challenges(", stale=true"),
-            )  # fmt: skip
-        if uri != request.path:
+            raise self._challenge("the nonce is too old, or this request has come before; ask"
+                                  " again", ", stale=true")
+        if (uri := fields.get("uri", "")) != request.path:
             raise BadRequest(
                 f"Digest is for {quoted(uri)}, not {quoted(request.path)}: a proxy has changed"
-                " the path; let the proxy keep the path, or check the passwords itself"
-            )
+                " the path; let the proxy keep the path, or check the passwords itself")
 
     def _renew_nonce(self) -> None:
         # The one before the newest is still taken, older ones are not.
@@ -2284,52 +2254,27 @@ class Guard:
             self._nonces = {newest: uses, os.urandom(16).hex(): {}}
             self._renewed = time.monotonic()
 
-    def _challenges(self, more: str = "") -> Headers:
+    def _challenge(self, message: str, more: str = "") -> ScrapyDoError:
         start = f'Digest realm="scrapy-do", nonce="{list(self._nonces)[-1]}", qop="auth"'
         ways = [f"{start}, charset=UTF-8{more}, algorithm={name}" for name in ALGORITHMS]
         ways += ['Basic realm="scrapy-do", charset="UTF-8"'] * self._is_tls
-        return [("WWW-Authenticate", way) for way in ways]
+        return ScrapyDoError(message, 401, [("WWW-Authenticate", way) for way in ways])
 
 
-# A body is a file, on the disk if it has an archive, and is read in pieces: it may be large.
+# A body is a file, on the disk if it has an archive: that may be large, and is read in pieces.
 
-BODY_BYTES = MIB  # the longest body without an archive
-MARK_BYTES = 1024  # the longest mark between fields
+FORM_BYTES = 16 * MIB  # the longest body that is read as a whole, so all but multipart/form-data
 Field = tuple[str, Iterable[bytes]]  # the name, and the value in pieces
-FORM_TYPE = "application/x-www-form-urlencoded"
 
 
-def cut(file: IO[bytes], start: int, end: int) -> bytes:
-    """Return what a file has between two places."""
+def _cut(file: IO[bytes], start: int, end: int) -> bytes:
     file.seek(start)
     return file.read(end - start)
 
 
-def find(mark: bytes, file: IO[bytes], start: int, end: int) -> tuple[int, int]:
-    """Return where the next match of a pattern begins and ends, (end, end) for none."""
+def _pieces(file: IO[bytes], start: int, end: int) -> Iterator[bytes]:
     for at in range(start, end, CHUNK_BYTES):
-        match = re.search(mark, cut(file, at, min(at + CHUNK_BYTES + MARK_BYTES, end)))
-        if match:
-            return at + match.start(), at + match.end()
-    return end, end
-
-
-def pieces(
-    file: IO[bytes], start: int, end: int, decode: Callable[[bytes], bytes] = bytes
-) -> Iterator[bytes]:
-    """Yield what is between two places, decoded. A %XX is not cut."""
-    while start < end:
-        piece = cut(file, start, min(start + CHUNK_BYTES, end))
-        percent = piece.find(b"%", -2)
-        if start + len(piece) < end and percent >= 0:
-            piece = piece[:percent]
-        yield decode(piece)
-        start += len(piece)
-
-
-def decode_percent(data: bytes) -> bytes:
-    """Return urlencoded bytes decoded; a stray % stays."""
-    return urllib.parse.unquote_to_bytes(data.replace(b"+", b" "))
+        yield _cut(file, at, min(at + CHUNK_BYTES, end))
 
 
 def as_text(data: bytes, what: str) -> str:
@@ -2340,45 +2285,50 @@ def as_text(data: bytes, what: str) -> str:
         raise BadRequest(f"{what} is not UTF-8") from None
 
 
-def query_fields(file: IO[bytes]) -> Iterator[Field]:
-    """Yield urlencoded fields; a value may be binary."""
-    size, at = file.seek(0, os.SEEK_END), 0
-    while at < size:
-        end, following = find(rb"&+", file, at, size)
-        if at < end:
-            name, equals, _ = cut(file, at, min(end, at + MARK_BYTES)).partition(b"=")
-            value = pieces(file, at + len(name + equals), end, decode_percent)
-            what = f"the name of a parameter (a file is sent by {PUSH_CALL})"
-            yield as_text(decode_percent(name), what), value
-        at = following
+def query_fields(data: bytes) -> Iterator[Field]:
+    """Yield urlencoded fields; a value may be binary, and a stray % stays."""
+    for field in re.finditer(b"[^&]+", data):
+        name, _, value = field[0].replace(b"+", b" ").partition(b"=")
+        what = f"the name of a parameter (a file is sent by {PUSH_CALL})"
+        yield as_text(urllib.parse.unquote_to_bytes(name[:999]), what), _unquoted(value)
 
 
-def multipart_fields(file: IO[bytes], boundary: str) -> Iterator[Field]:
-    """Yield `multipart/form-data`, RFC 7578; only a whole line with the boundary ends a part."""
-    size = file.seek(0, os.SEEK_END)
-    line = rb"--%b(?:--|[ \t]{0,64}\r\n)" % re.escape(boundary.encode("latin-1"))
-    first = re.match(line, cut(file, 0, MARK_BYTES))
-    end, at = first.span() if first else (size, 0)
-    while end < size and cut(file, at - 2, at) != b"--":
-        head, value = find(rb"\r\n\r\n", file, at, size)
-        text = cut(file, at, min(head, at + 8 * MARK_BYTES)).decode("utf-8", "replace")
-        found = re.search("(?im)^content-disposition: *form-data *;(.*)", text)
-        name = parameters_of(found[1] if found else "").get("name")
+def _unquoted(data: bytes) -> Iterator[bytes]:
+    # Python would take 60 times the memory of an archive to decode it as a whole.
+    for piece in re.finditer(rb"(?s)(?:%[0-9A-Fa-f]{2}|.){1,9999}", data):
+        yield urllib.parse.unquote_to_bytes(piece[0])
+
+
+def _find(line: bytes, file: IO[bytes], at: int) -> tuple[int, int, bool]:
+    # Where the next line with the boundary begins and ends, and whether it is the last. A search of
+    # the file as a whole would keep all of it in memory; the windows overlap by more than a line.
+    while window := _cut(file, at, at + CHUNK_BYTES + 1024):
+        if match := re.search(line, window):
+            return at + match.start(), at + match.end(), match[1] == b"--"
+        at += CHUNK_BYTES
+    raise BadRequest("the multipart body has no last boundary: was it cut short, or does its"
+                     " Content-Type lack the boundary?")
+
+
+def _multipart_fields(file: IO[bytes], boundary: str) -> Iterator[Field]:
+    # See RFC 7578.
+    line = rb"--%b(--|[ \t]{0,64}\r\n)" % re.escape(boundary.encode("latin-1"))
+    _, at, is_last = _find(rb"\A" + line, file, 0)
+    while not is_last:
+        file.seek(at)
+        disposition = read_headers(file).get("content-disposition", "")
+        name = _parameters_of(disposition).get("name")
         if name is None:
             raise BadRequest("a part of the multipart body has no name")
-        end, at = find(rb"\r\n" + line, file, value, size)
-        yield name, pieces(file, value, end)
-    if end == size:
-        raise BadRequest(
-            "the multipart body has no last boundary: was it cut short, or does its Content-Type"
-            " lack the boundary?"
-        )
+        start = file.tell()
+        end, at, is_last = _find(rb"\r\n" + line, file, start)
+        yield name.encode("latin-1").decode("utf-8", "replace"), _pieces(file, start, end)
 
 
-def json_fields(data: bytes, repeatable: Collection[str]) -> Iterator[Field]:
-    """Yield the members of a JSON object; repeatable ones may be lists."""
+def _json_fields(data: bytes, repeatable: Collection[str]) -> Iterator[Field]:
+    # The members of an object; repeatable ones may be lists.
     try:
-        members = json.loads(as_text(data, "the JSON body"), object_pairs_hook=unique)
+        members = json.loads(as_text(data, "the JSON body"), object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
         raise BadRequest(f"the body is not JSON: {error!s:.200}") from None
     if not isinstance(members, dict):
@@ -2390,28 +2340,30 @@ def json_fields(data: bytes, repeatable: Collection[str]) -> Iterator[Field]:
             yield name, [text.encode("utf-8", "surrogatepass")]
 
 
-def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Return a JSON object. Raise BadRequest for twins, one of which would be lost."""
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    # One of twins would be lost.
     if len(dict(pairs)) < len(pairs):
         twin, _ = Counter(name for name, _ in pairs).most_common(1)[0]
         raise BadRequest(f"the parameter {quoted(twin)} is given twice; use a list for several")
     return dict(pairs)
 
 
-def body_fields(file: IO[bytes], headers: Mapping[str, str], route: Route) -> Iterator[Field]:
-    """Return the fields of a body by its type. Raise ScrapyDoError for a type that is not known."""
-    kind, _, rest = headers.get("content-type", FORM_TYPE).partition(";")
+def _body_fields(file: IO[bytes], headers: Mapping[str, str], route: Route) -> Iterator[Field]:
+    form_type = "application/x-www-form-urlencoded"
+    kind, _, rest = headers.get("content-type", form_type).partition(";")
     kind = kind.strip().lower()
-    if kind == "application/json":
-        return json_fields(cut(file, 0, BODY_BYTES), route.repeatable)
     if kind == "multipart/form-data":
-        return multipart_fields(file, parameters_of(rest).get("boundary", ""))
-    if kind == FORM_TYPE:
-        return query_fields(file)
-    raise ScrapyDoError(
-        f"a body of type {quoted(kind)} is not understood; send a form (curl -F or -d) or JSON"
-        f" (curl --json), as in {PUSH_CALL}", 415,
-    )  # fmt: skip
+        return _multipart_fields(file, _parameters_of(rest).get("boundary", ""))
+    data = _cut(file, 0, FORM_BYTES + 1)
+    if len(data) > FORM_BYTES:
+        raise TooLarge(f"a body of type {quoted(kind)} may have {FORM_BYTES // MIB} MiB; send a"
+                       f" larger archive by {PUSH_CALL}")
+    if kind == "application/json":
+        return _json_fields(data, route.repeatable)
+    if kind == form_type:
+        return query_fields(data)
+    raise ScrapyDoError(f"a body of type {quoted(kind)} is not understood; send a form (curl -F or"
+                        f" -d) or JSON (curl --json), as in {PUSH_CALL}", 415)
 
 
 class Route(NamedTuple):
@@ -2477,10 +2429,9 @@ def body_length(headers: Mapping[str, str]) -> int | None:
     coding, length = headers.get("transfer-encoding"), headers.get("content-length", "0")
     if coding is None and re.fullmatch("[0-9]{1,18}", length):
         return int(length)
-    if coding is None or "content-length" in headers:
-        raise BadRequest("the Content-Length is not one number, or beside a Transfer-Encoding")
-    if coding.lower() != "chunked":
-        raise ScrapyDoError(f"the transfer coding {quoted(coding)} is not known; use chunked", 501)
+    if coding is None or coding.lower() != "chunked" or "content-length" in headers:
+        raise BadRequest("the Content-Length is not one number, or beside a Transfer-Encoding, or"
+                         " that is not chunked")
     return None
 
 
@@ -2509,7 +2460,7 @@ def tail_start(file: IO[bytes], size: int, lines: int | None) -> int:
         return 0 if lines is None else size
     for start in reversed(range(0, size - 1, CHUNK_BYTES)):
         # The line feed at the very end begins no other line.
-        block = cut(file, start, min(start + CHUNK_BYTES, size - 1))
+        block = _cut(file, start, min(start + CHUNK_BYTES, size - 1))
         count = block.count(b"\n")
         if count >= lines:
             return start + len(block.rsplit(b"\n", lines)[0]) + 1
@@ -2612,7 +2563,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         """Answer a request of any method."""
         target, _, query = self.path.partition("?")
-        path = as_text(decode_percent(target.encode("latin-1")), "the path")
+        path = as_text(urllib.parse.unquote_to_bytes(target.encode("latin-1")), "the path")
         log_path, route = LOG_PATH.fullmatch(path), ROUTES.get(path)
         if not (route or log_path or path == "/"):
             raise NotFound(
@@ -2637,21 +2588,21 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def _parameters(self, route: Route, query: str) -> dict[str, Any]:
         if not route.is_post:
-            return route.check(query_fields(io.BytesIO(query.encode("latin-1"))))
+            return route.check(query_fields(query.encode("latin-1")))
         if query:
             raise BadRequest(f"{route.name} takes parameters by curl -F or -d, not in the address")
         if "archive" in route.required:
             return {"archive": self._save_archive(route)}
         body = io.BytesIO()
-        self._receive(body, BODY_BYTES)
-        return route.check(body_fields(body, self.headers, route))
+        self._receive(body, MIB)
+        return route.check(_body_fields(body, self.headers, route))
 
     def _save_archive(self, route: Route) -> Path:
         upload = self.server.daemon.new_upload()
         try:
             with open(upload, "xb+") as file, open(upload, "rb+") as target:
                 self._receive(file, self.server.rules.max_upload * MIB)
-                archive = route.check(body_fields(file, self.headers, route))["archive"]
+                archive = route.check(_body_fields(file, self.headers, route))["archive"]
                 # It moves to the start of its own file; a piece is read before it is written over.
                 target.writelines(archive)
                 target.truncate()
@@ -2693,12 +2644,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
             read_headers(self.rfile)  # of the trailer, which means nothing here
         return size
 
+    def log_refusal(self, error: ScrapyDoError) -> None:
+        """Write a line, cut short."""
+        what = f"{self.command} {self.path:.100}" if self.command else "a request"
+        log(f"{what} from {self.client_address[0]} got {error.status}: {error!s:.300}")
+
     def _refuse(self, error: ScrapyDoError) -> None:
-        if isinstance(error, WrongPassword):
-            self._pause(PENALTY_SECONDS)
-        if isinstance(error, WrongPassword) or error.status != 401:  # a challenge is no event
-            what = f"{self.command} {self.path:.100}" if self.command else "a request"
-            log(f"{what} from {self.client_address[0]} got {error.status}: {error!s:.300}")
+        if error.status != 401:  # a challenge is no event
+            self.log_refusal(error)
         self._send(error.status, {"status": "error", "msg": str(error)}, headers=error.headers)
 
     def _send(
@@ -2726,7 +2679,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             raise ConnectionAbortedError
 
     def _send_log(self, query: str, identifier: str, stream: str) -> None:
-        fields = LOG_ROUTE.check(query_fields(io.BytesIO(query.encode("latin-1"))))
+        fields = LOG_ROUTE.check(query_fields(query.encode("latin-1")))
         asked = {name: checked(name, parse_whole, fields[name], 0, 10**9) for name in fields}
         path = self.server.daemon.log_path(identifier, stream)
         with open_log(path) as file:
@@ -2823,7 +2776,8 @@ class Server(http.server.ThreadingHTTPServer):
             return
         try:
             if self.rules.tls:
-                request = self.rules.tls.wrap(request)
+                request = self.rules.tls.wrap_socket(
+                    request, server_side=True, do_handshake_on_connect=False)
             self._make_room()
             self.connections[request] = None
             self.process_request(request, address)
@@ -2947,7 +2901,6 @@ OPTIONS = {  # by group: the name, the name of the value, how it is read, bounds
         ("--auth-file", "FILE", Path, (), "users who may come in, a line USER:PASSWORD each"),
         ("--tls-cert", "FILE", Path, (), "certificate chain; with it only HTTPS is spoken"),
         ("--tls-key", "FILE", Path, (), "its private key, if that is in a file of its own"),
-        ("--tls-password-file", "FILE", Path, (), "the password of the key, if it has one"),
         ("--max-upload", "MIB", parse_whole, (1, 10**6), "largest body of a request"),
         ("--max-connections", "COUNT", parse_whole, (1, 10**5), "connections at once"),
         ("--request-timeout", "SECONDS", parse_seconds, (1,), "for a request to arrive"),
@@ -2981,8 +2934,8 @@ def parse_options(argv: list[str] | None) -> argparse.Namespace:
     options = parser.parse_args(argv)
     if options.auth_file and options.no_auth:
         parser.error("--auth-file and --no-auth contradict each other")
-    if (options.tls_key or options.tls_password_file) and not options.tls_cert:
-        parser.error("--tls-key and --tls-password-file need --tls-cert")
+    if options.tls_key and not options.tls_cert:
+        parser.error("--tls-key needs --tls-cert")
     return options
 
 
@@ -3000,10 +2953,10 @@ def read_rules(options: argparse.Namespace) -> Rules:
             " executable by chmod +x"
         )
     users = read_users(options.auth_file) if options.auth_file else None
-    files = (options.tls_cert, options.tls_key, options.tls_password_file)
+    cert, key = options.tls_cert, options.tls_key
     return Rules(
         options.max_upload, options.request_timeout, options.max_connections, options.allow_host,
-        users, Tls(*files) if options.tls_cert else None,
+        users, load_certificate(cert, key) if cert else None,
     )  # fmt: skip
 
 

@@ -642,7 +642,7 @@ def guarded(site, monkeypatch):
 @pytest.fixture
 def encrypted(site, tmp_path):
     make_key_pair(tmp_path)
-    site.limit(tls=scrapy_do.Tls(tmp_path / "cert.pem", tmp_path / "key.pem", None))
+    site.limit(tls=scrapy_do.load_certificate(tmp_path / "cert.pem", tmp_path / "key.pem"))
     site.cacert = ("--cacert", str(tmp_path / "cert.pem"))
     return site
 
@@ -3602,6 +3602,9 @@ def test_a_body_over_the_limit_is_413_and_the_client_sees_that(site, tmp_path, m
     (tmp_path / "big").write_bytes(bytes(3_000_000))
     for more in ((), ("-H", "Transfer-Encoding: chunked", "-H", "Expect:"), ("-H", "Expect:")):
         denied(curl_of(site, "/push-project.json", "-F", f"archive=@{tmp_path}/big", *more), 413, "--max-upload")
+    site.limit(max_upload=17)
+    form = post_of("/push-project.json", b"archive=" + bytes(16 * scrapy_do.MIB), URLENCODED)
+    denied(speak(site, form), 413, "16 MiB", "-F archive=@demo.zip")
     assert os.listdir(tmp_path / "data" / "projects") == []
 
 
@@ -3637,8 +3640,8 @@ def test_an_expectation_is_met_before_the_body_comes_and_only_if_that_is_wanted(
     (head_of("/", "A: \0"), 400), (head_of("/", "Host: localhost"), 400), (head_of("/", "Content-Length: +1"), 400),
     (head_of("/", "Content-Length: 1", "Content-Length: 1", method="POST"), 400),
     (head_of("/", "Content-Length: 1", "Transfer-Encoding: chunked"), 400), (head_of("/", "Content-Length: 1, 1"), 400),
-    (head_of("/", "Content-Length: "), 400), (head_of("/", "Transfer-Encoding: gzip, chunked"), 501),
-    (head_of("/", "Transfer-Encoding: "), 501), (b"GET / HTTP/1.1\r\n\r\n", 400), (b"GET /\r\n\r\n", 400),
+    (head_of("/", "Content-Length: "), 400), (head_of("/", "Transfer-Encoding: gzip, chunked"), 400),
+    (head_of("/", "Transfer-Encoding: "), 400), (b"GET / HTTP/1.1\r\n\r\n", 400), (b"GET /\r\n\r\n", 400),
     (head_of("/" + "x" * 70_000), 414), (head_of("/", *[f"a{n}: b" for n in range(200)]), 431),
     (head_of("/", "a: " + "b" * 70_000), 431), (head_of("/", *["a: " + "b" * 30_000] * 3), 431),
 ])  # fmt: skip
@@ -4043,17 +4046,30 @@ def test_basic_and_digest_are_taken_over_tls(encrypted, tmp_path, monkeypatch):
     assert status == 401
 
 
-def test_a_renewed_certificate_is_used_without_a_restart(encrypted, tmp_path, capfd):
+def test_a_renewed_certificate_is_used_after_a_reload(outside, tmp_path):
+    make_key_pair(tmp_path)
+    site = outside("--tls-cert", str(tmp_path / "cert.pem"), "--tls-key", str(tmp_path / "key.pem"))
     (tmp_path / "old.pem").write_bytes((tmp_path / "cert.pem").read_bytes())
-    (tmp_path / "cert.pem").write_text("half a certificate")
-    old = ("--cacert", str(tmp_path / "old.pem"))
-    assert curl_of(encrypted, "/status.json", *old, scheme="https")[0] == 200
+    old, new = (("--cacert", str(tmp_path / name)) for name in ("old.pem", "cert.pem"))
     make_key_pair(tmp_path, "renewed.example")
-    assert curl_of(encrypted, "/status.json", *encrypted.cacert, scheme="https")[0] == 200
+    assert curl_of(site, "/status.json", *old, scheme="https")[0] == 200
+    site.reload()
+    assert curl_of(site, "/status.json", *new, scheme="https")[0] == 200
     with pytest.raises(subprocess.CalledProcessError):
-        curl_of(encrypted, "/status.json", *old, scheme="https")
-    said = capfd.readouterr().err
-    assert (said.count("stays in use"), said.count("the renewed certificate is in use")) == (1, 1)
+        curl_of(site, "/status.json", *old, scheme="https")
+
+
+def test_a_certificate_that_cannot_be_used_is_refused_without_asking_for_a_password(tmp_path):
+    make_key_pair(tmp_path)
+    key, locked = tmp_path / "key.pem", tmp_path / "locked.pem"
+    secret = serialization.load_pem_private_key(key.read_bytes(), None)
+    lock = serialization.BestAvailableEncryption(b"kot")
+    pem = secret.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, lock)
+    locked.write_bytes(pem)
+    for certificate, file in ((tmp_path / "cert.pem", locked), (tmp_path / "cert.pem", None), (tmp_path / "none", key)):
+        with pytest.raises(scrapy_do.ScrapyDoError, match="openssl pkey") as raised:
+            scrapy_do.load_certificate(certificate, file)
+        assert str(file or certificate) in str(raised.value)
 
 
 def test_no_handshake_holds_others_up_and_a_broken_connection_is_not_the_disk(encrypted, tmp_path, capfd):
@@ -4074,11 +4090,11 @@ def test_no_handshake_holds_others_up_and_a_broken_connection_is_not_the_disk(en
 
 
 def test_clients_that_fail_before_tls_do_not_loosen_the_cap(encrypted, monkeypatch):
-    def refuse(self, connection):
+    def refuse(self, connection, **options):
         raise OSError("gone")
 
     with monkeypatch.context() as patch:
-        patch.setattr(scrapy_do.Tls, "wrap", refuse)
+        patch.setattr(ssl.SSLContext, "wrap_socket", refuse)
         for _ in range(5):
             with Line(encrypted) as line:
                 line.is_closed()
@@ -4490,7 +4506,7 @@ def test_as_the_first_process_of_a_container_it_reaps_what_crawls_leave(outside,
         (["--scrapy", "'"], "--scrapy: No closing quotation"),
         (["--colour"], "unrecognized arguments: --colour"),
         (["--po", "1"], "unrecognized arguments: --po 1"),
-        (["--tls-key", "x"], "--tls-key and --tls-password-file need --tls-cert"),
+        (["--tls-key", "x"], "--tls-key needs --tls-cert"),
         (["--no-auth", "--auth-file", "x"], "--auth-file and --no-auth contradict each other"),
     ],
     ids=lambda value: "".join(value) if isinstance(value, list) else "",
