@@ -1454,20 +1454,25 @@ class Daemon:
 
     # Projects
 
-    def new_upload(self) -> Path:
-        """Return where an archive may be written that is to be pushed."""
-        return self.store.projects / f"{new_identifier()}.zip"
+    def new_upload(self) -> IO[bytes]:
+        """Return a file for a body with an archive, which is gone when it is closed."""
+        import tempfile
 
-    def push(self, archive: Path) -> dict[str, Any]:
-        """Check an archive, and make it a project or a project's new code.
+        return tempfile.TemporaryFile(dir=self.store.projects)
 
-        Return its name, its spiders, and what Scrapy warned of. The file is kept or deleted.
+    def push(self, archive: Iterable[bytes]) -> dict[str, Any]:
+        """Check an archive, which comes in pieces, and make it a project or a project's new code.
+
+        Return its name, its spiders, and what Scrapy warned of.
         """
+        path = self.store.projects / f"{new_identifier()}.zip"
         try:
-            project = unpack(archive, archive.with_suffix(""))
+            with open(path, "xb") as file:
+                file.writelines(archive)
+            project = unpack(path, path.with_suffix(""))
             found = self._list(project)
             project = project._replace(spiders=tuple(found["spiders"]))
-            sync(archive)
+            sync(path)
             with self.lock:
                 active = self._select(ACTIVE, project.name)
                 if lost := [job for job in active if job.spider not in project.spiders]:
@@ -1478,7 +1483,7 @@ class Daemon:
                 former = self.projects.get(project.name)
                 self.save(project)
         except BaseException:
-            self._discard(archive.with_suffix(""))
+            self._discard(path.with_suffix(""))
             raise
         log(f"project {project.name} was pushed with {len(project.spiders)} spiders")
         for warning in found["warnings"]:
@@ -2081,7 +2086,6 @@ TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"  # RFC 9110, section 5.6.2
 REQUEST_LINE = re.compile(rb"(%s) (/[!-~\x80-\xff]*) HTTP/1\.([0-9])\r\n" % TOKEN)
 HEADER_LINE = re.compile(rb"(%s):([^\0\r\n]*)\r\n" % TOKEN)
 CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;[^\0\r\n]*)?\r\n")
-PARAMETER = re.compile(r'(?<![\w*-])([\w-]+)=(?:"((?:[^"\\]|\\.)*)"|([^\s,;"]*))', re.ASCII)
 LOG_PATH = re.compile(rf"/get-log/data/({JOB_PATTERN.pattern})\.(out|err)")
 TEXT_TYPE = "text/plain; charset=utf-8"
 PAGE_HEADERS = [  # nothing from elsewhere, and no frame around it, whose owner could lead a click
@@ -2095,15 +2099,16 @@ Headers = Sequence[tuple[str, str]]
 def load_certificate(certificate: Path, key: Path | None) -> ssl.SSLContext:
     """Return what speaks TLS; the key may be in `certificate`. Raise ScrapyDoError if that fails.
 
-    The files are not watched: a reload executes the program anew, which reads them again.
+    A reload executes the program anew, which reads the files again.
     """
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     try:
         context.load_cert_chain(certificate, key, "")  # None would ask the terminal for a password
     except (OSError, ValueError) as error:
-        files = f"{certificate} and {key}" if key else f"{certificate}"
-        raise ScrapyDoError(f"the certificate cannot be used: {error}; check {files}; a key with a "
-                            "password: openssl pkey -in KEY -out NEW") from None
+        raise ScrapyDoError(
+            f"the certificate in {certificate} cannot be used with the key in {key or certificate}:"
+            f" {error}; if the key has a password, take it off by openssl pkey -in KEY -out NEW"
+        ) from None
     return context
 
 
@@ -2124,14 +2129,14 @@ def read_users(path: Path) -> dict[str, str]:
     Raise ScrapyDoError with the fault. Its group may read it: so mounted secrets come.
     """
     try:
-        mode, lines = path.stat().st_mode, path.read_text("utf-8").split("\n")
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", "it is not UTF-8")
-        raise ScrapyDoError(f"{path}, given by --auth-file, cannot be read: {reason}") from None
+        mode, data = path.stat().st_mode, path.read_bytes()
+    except OSError as error:
+        raise ScrapyDoError(
+            f"{path}, given by --auth-file, cannot be read: {error.strerror}") from None
     if mode & (stat.S_IRWXO | stat.S_IWGRP):
         raise ScrapyDoError(f"others may use the passwords: run 'chmod g-w,o-rwx {path}'")
     users: dict[str, str] = {}
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(as_text(data, f"the file of users, {path},").split("\n"), 1):
         name, _, password = line.partition(":")
         if line.strip() and (not name or not password or name in users):
             raise ScrapyDoError(f"line {number} of {path} is not USER:PASSWORD, of a new user")
@@ -2144,7 +2149,7 @@ def read_users(path: Path) -> dict[str, str]:
 
 def _parameters_of(text: str) -> dict[str, str]:
     # By lower-case name, from the value of a header, RFC 9110 section 5.6.6.
-    found = PARAMETER.finditer(text)
+    found = re.finditer(r'(?a)(?<![\w*-])([\w-]+)=(?:"((?:[^"\\]|\\.)*)"|([^\s,;"]*))', text)
     return {m[1].lower(): re.sub(r"\\(.)", r"\1", m[2] or m[3] or "") for m in found}
 
 
@@ -2158,8 +2163,8 @@ def _proofs(fields: Mapping[str, str], method: str, users: Mapping[str, str]) ->
         return []
 
     def digest(*texts: str) -> str:
-        name, data = algorithm.replace("-", ""), ":".join(texts).encode()
-        return hashlib.new(name, data, usedforsecurity=False).hexdigest()
+        data = ":".join(texts).encode()
+        return hashlib.new(algorithm.replace("-", ""), data, usedforsecurity=False).hexdigest()
 
     uri, *counted = (fields.get(name, "") for name in ("uri", "nonce", "nc", "cnonce", "qop"))
     user = fields.get("username", "").encode("latin-1").decode("utf-8", "replace")
@@ -2178,11 +2183,11 @@ class Guard:
     def __init__(self, rules: Rules):
         name = socket.gethostname().lower()
         self._aliases = {host.lower() for host in rules.allow_host}
-        self._names = {"localhost", name, name.partition(".")[0]}
-        self._names |= {host.partition(":")[0] for host in self._aliases}
+        self._names = {"localhost", name, name.partition(".")[0],
+                       *(host.partition(":")[0] for host in self._aliases)}
         self._users, self._is_tls = rules.users, rules.tls is not None
-        self._nonces: dict[str, dict[str, object]] = {os.urandom(16).hex(): {}}
-        self._renewed = time.monotonic()  # when the newest was made
+        # When each was made, and the proofs.
+        self._nonces = {os.urandom(16).hex(): (time.monotonic(), dict[str, object]())}
 
     def check(self, request: Handler) -> None:
         """Raise ScrapyDoError if a request is refused; a wrong password costs a while."""
@@ -2229,16 +2234,16 @@ class Guard:
             raise self._challenge("a user and a password are wanted here: curl --anyauth -u NAME;"
                                   " Basic is taken over TLS only")
         if not any(hmac.compare_digest(given.encode(), proof.encode()) for proof in wanted):
-            error = self._challenge("the user or the password is wrong")
-            request.log_refusal(error)
+            client = request.client_address[0]
+            log(f"{request.command} {request.path:.100} from {client} got 401: a wrong password")
             request._pause(PENALTY_SECONDS)
-            raise error
+            raise self._challenge("the user or the password is wrong")
         if kind == "digest":
             self._check_use(request, fields, given)
 
     def _check_use(self, request: Handler, fields: Mapping[str, str], proof: str) -> None:
         use = object()
-        uses = self._nonces.get(fields.get("nonce", ""), {proof: None})
+        _, uses = self._nonces.get(fields.get("nonce", ""), (0.0, {proof: None}))
         if uses.setdefault(proof, use) is not use:  # atomic, so one of two at once is the first
             raise self._challenge("the nonce is too old, or this request has come before; ask"
                                   " again", ", stale=true")
@@ -2249,10 +2254,10 @@ class Guard:
 
     def _renew_nonce(self) -> None:
         # The one before the newest is still taken, older ones are not.
-        newest, uses = list(self._nonces.items())[-1]
-        if time.monotonic() - self._renewed >= NONCE_SECONDS or len(uses) >= NONCE_USES:
-            self._nonces = {newest: uses, os.urandom(16).hex(): {}}
-            self._renewed = time.monotonic()
+        newest, (made, uses) = list(self._nonces.items())[-1]
+        now = time.monotonic()
+        if now - made >= NONCE_SECONDS or len(uses) >= NONCE_USES:
+            self._nonces = {newest: (made, uses), os.urandom(16).hex(): (now, {})}
 
     def _challenge(self, message: str, more: str = "") -> ScrapyDoError:
         start = f'Digest realm="scrapy-do", nonce="{list(self._nonces)[-1]}", qop="auth"'
@@ -2289,8 +2294,9 @@ def query_fields(data: bytes) -> Iterator[Field]:
     """Yield urlencoded fields; a value may be binary, and a stray % stays."""
     for field in re.finditer(b"[^&]+", data):
         name, _, value = field[0].replace(b"+", b" ").partition(b"=")
-        what = f"the name of a parameter (a file is sent by {PUSH_CALL})"
-        yield as_text(urllib.parse.unquote_to_bytes(name[:999]), what), _unquoted(value)
+        text = as_text(urllib.parse.unquote_to_bytes(name[:999]),
+                       f"the name of a parameter (a file is sent by {PUSH_CALL})")
+        yield text, _unquoted(value)
 
 
 def _unquoted(data: bytes) -> Iterator[bytes]:
@@ -2316,11 +2322,8 @@ def _multipart_fields(file: IO[bytes], boundary: str) -> Iterator[Field]:
     _, at, is_last = _find(rb"\A" + line, file, 0)
     while not is_last:
         file.seek(at)
-        disposition = read_headers(file).get("content-disposition", "")
-        name = _parameters_of(disposition).get("name")
-        if name is None:
-            raise BadRequest("a part of the multipart body has no name")
-        start = file.tell()
+        disposition = _parameters_of(read_headers(file).get("content-disposition", ""))
+        name, start = disposition.get("name", "(no name)"), file.tell()
         end, at, is_last = _find(rb"\r\n" + line, file, start)
         yield name.encode("latin-1").decode("utf-8", "replace"), _pieces(file, start, end)
 
@@ -2328,11 +2331,10 @@ def _multipart_fields(file: IO[bytes], boundary: str) -> Iterator[Field]:
 def _json_fields(data: bytes, repeatable: Collection[str]) -> Iterator[Field]:
     # The members of an object; repeatable ones may be lists.
     try:
-        members = json.loads(as_text(data, "the JSON body"), object_pairs_hook=_unique)
-    except (ValueError, RecursionError) as error:
-        raise BadRequest(f"the body is not JSON: {error!s:.200}") from None
-    if not isinstance(members, dict):
-        raise BadRequest('the JSON body must be one object, like {"project": "demo"}')
+        members = dict(**json.loads(as_text(data, "the JSON body"), object_pairs_hook=_unique))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise BadRequest('the body is not JSON with one object, like {"project": "demo"}: '
+                         f"{error!s:.200}") from None
     for name, value in members.items():
         for item in value if isinstance(value, list) and name in repeatable else [value]:
             number = int(item) if isinstance(item, bool) else item  # as a form would have it
@@ -2577,8 +2579,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 " a GET without them and -X", 405, [("Allow", ", ".join(methods))],
             )  # fmt: skip
         if route:
-            answer = route.answer(self.server.daemon, **self._parameters(route, query))
-            self._send(200, {"status": "ok", **answer})
+            self._send(200, {"status": "ok", **self._ask(route, query)})
         elif log_path:
             self._send_log(query, *log_path.groups())
         else:
@@ -2586,30 +2587,16 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     do_HEAD = do_POST = do_PUT = do_DELETE = do_PATCH = do_OPTIONS = do_GET
 
-    def _parameters(self, route: Route, query: str) -> dict[str, Any]:
+    def _ask(self, route: Route, query: str) -> dict[str, Any]:
+        daemon, is_push = self.server.daemon, "archive" in route.required
         if not route.is_post:
-            return route.check(query_fields(query.encode("latin-1")))
+            return route.answer(daemon, **route.check(query_fields(query.encode("latin-1"))))
         if query:
             raise BadRequest(f"{route.name} takes parameters by curl -F or -d, not in the address")
-        if "archive" in route.required:
-            return {"archive": self._save_archive(route)}
-        body = io.BytesIO()
-        self._receive(body, MIB)
-        return route.check(_body_fields(body, self.headers, route))
-
-    def _save_archive(self, route: Route) -> Path:
-        upload = self.server.daemon.new_upload()
-        try:
-            with open(upload, "xb+") as file, open(upload, "rb+") as target:
-                self._receive(file, self.server.rules.max_upload * MIB)
-                archive = route.check(_body_fields(file, self.headers, route))["archive"]
-                # It moves to the start of its own file; a piece is read before it is written over.
-                target.writelines(archive)
-                target.truncate()
-        except BaseException:
-            remove_tree(upload)
-            raise
-        return upload
+        with daemon.new_upload() if is_push else io.BytesIO() as body:
+            self._receive(body, self.server.rules.max_upload * MIB if is_push else MIB)
+            fields = _body_fields(body, self.headers, route)
+            return route.answer(daemon, **route.check(fields))
 
     def _receive(self, file: IO[bytes], most: int) -> None:
         if self.headers.get("expect", "").lower() == "100-continue" and not self.is_old:
@@ -2644,14 +2631,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
             read_headers(self.rfile)  # of the trailer, which means nothing here
         return size
 
-    def log_refusal(self, error: ScrapyDoError) -> None:
-        """Write a line, cut short."""
-        what = f"{self.command} {self.path:.100}" if self.command else "a request"
-        log(f"{what} from {self.client_address[0]} got {error.status}: {error!s:.300}")
-
     def _refuse(self, error: ScrapyDoError) -> None:
         if error.status != 401:  # a challenge is no event
-            self.log_refusal(error)
+            what = f"{self.command} {self.path:.100}" if self.command else "a request"
+            log(f"{what} from {self.client_address[0]} got {error.status}: {error!s:.300}")
         self._send(error.status, {"status": "error", "msg": str(error)}, headers=error.headers)
 
     def _send(
