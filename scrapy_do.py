@@ -1454,25 +1454,20 @@ class Daemon:
 
     # Projects
 
-    def new_upload(self) -> IO[bytes]:
-        """Return a file for a body with an archive, which is gone when it is closed."""
-        import tempfile
+    def new_upload(self) -> Path:
+        """Return where an archive may be written that is to be pushed."""
+        return self.store.projects / f"{new_identifier()}.zip"
 
-        return tempfile.TemporaryFile(dir=self.store.projects)
+    def push(self, archive: Path) -> dict[str, Any]:
+        """Check an archive, and make it a project or a project's new code.
 
-    def push(self, archive: Iterable[bytes]) -> dict[str, Any]:
-        """Check an archive, which comes in pieces, and make it a project or a project's new code.
-
-        Return its name, its spiders, and what Scrapy warned of.
+        Return its name, its spiders, and what Scrapy warned of. The file is kept or deleted.
         """
-        path = self.store.projects / f"{new_identifier()}.zip"
         try:
-            with open(path, "xb") as file:
-                file.writelines(archive)
-            project = unpack(path, path.with_suffix(""))
+            project = unpack(archive, archive.with_suffix(""))
             found = self._list(project)
             project = project._replace(spiders=tuple(found["spiders"]))
-            sync(path)
+            sync(archive)
             with self.lock:
                 active = self._select(ACTIVE, project.name)
                 if lost := [job for job in active if job.spider not in project.spiders]:
@@ -1483,7 +1478,7 @@ class Daemon:
                 former = self.projects.get(project.name)
                 self.save(project)
         except BaseException:
-            self._discard(path.with_suffix(""))
+            self._discard(archive.with_suffix(""))
             raise
         log(f"project {project.name} was pushed with {len(project.spiders)} spiders")
         for warning in found["warnings"]:
@@ -2579,7 +2574,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 " a GET without them and -X", 405, [("Allow", ", ".join(methods))],
             )  # fmt: skip
         if route:
-            self._send(200, {"status": "ok", **self._ask(route, query)})
+            answer = route.answer(self.server.daemon, **self._parameters(route, query))
+            self._send(200, {"status": "ok", **answer})
         elif log_path:
             self._send_log(query, *log_path.groups())
         else:
@@ -2587,16 +2583,27 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     do_HEAD = do_POST = do_PUT = do_DELETE = do_PATCH = do_OPTIONS = do_GET
 
-    def _ask(self, route: Route, query: str) -> dict[str, Any]:
-        daemon, is_push = self.server.daemon, "archive" in route.required
+    def _parameters(self, route: Route, query: str) -> dict[str, Any]:
         if not route.is_post:
-            return route.answer(daemon, **route.check(query_fields(query.encode("latin-1"))))
+            return route.check(query_fields(query.encode("latin-1")))
         if query:
             raise BadRequest(f"{route.name} takes parameters by curl -F or -d, not in the address")
-        with daemon.new_upload() if is_push else io.BytesIO() as body:
-            self._receive(body, self.server.rules.max_upload * MIB if is_push else MIB)
-            fields = _body_fields(body, self.headers, route)
-            return route.answer(daemon, **route.check(fields))
+        if "archive" not in route.required:
+            body = io.BytesIO()
+            self._receive(body, MIB)
+            return route.check(_body_fields(body, self.headers, route))
+
+        upload = self.server.daemon.new_upload()
+        try:
+            with open(upload, "xb+") as file, open(upload, "rb+") as target:
+                self._receive(file, self.server.rules.max_upload * MIB)
+                # It moves to the start of its own file; a piece is read before it is written over.
+                target.writelines(route.check(_body_fields(file, self.headers, route))["archive"])
+                target.truncate()
+        except BaseException:
+            remove_tree(upload)
+            raise
+        return {"archive": upload}
 
     def _receive(self, file: IO[bytes], most: int) -> None:
         if self.headers.get("expect", "").lower() == "100-continue" and not self.is_old:
