@@ -2102,8 +2102,7 @@ def load_certificate(certificate: Path, key: Path | None) -> ssl.SSLContext:
     except (OSError, ValueError) as error:
         raise ScrapyDoError(
             f"the certificate in {certificate} cannot be used with the key in {key or certificate}:"
-            f" {error}; if the key has a password, take it off by openssl pkey -in KEY -out NEW"
-        ) from None
+            f" {error}; a password of the key goes by openssl pkey -in KEY -out NEW") from None
     return context
 
 
@@ -2158,8 +2157,8 @@ def _proofs(fields: Mapping[str, str], method: str, users: Mapping[str, str]) ->
         return []
 
     def digest(*texts: str) -> str:
-        data = ":".join(texts).encode()
-        return hashlib.new(algorithm.replace("-", ""), data, usedforsecurity=False).hexdigest()
+        return hashlib.new(algorithm.replace("-", ""), ":".join(texts).encode(),
+                           usedforsecurity=False).hexdigest()
 
     uri, *counted = (fields.get(name, "") for name in ("uri", "nonce", "nc", "cnonce", "qop"))
     user = fields.get("username", "").encode("latin-1").decode("utf-8", "replace")
@@ -2208,8 +2207,8 @@ class Guard:
         origin = headers.get("origin", f"https://{host}").lower()
         scheme, _, place = origin.partition("://")
         schemes = ("https",) if self._is_tls else ("https", "http")
-        is_own = scheme in schemes and place in (host, *self._aliases)
-        if not is_own or headers.get("sec-fetch-site", "none") not in ("same-origin", "none"):
+        if (scheme not in schemes or place not in (host, *self._aliases)
+                or headers.get("sec-fetch-site", "none") not in ("same-origin", "none")):
             raise Forbidden(
                 f"a page of {quoted(origin)} must not change anything at {quoted(host)}; if the"
                 " page is the daemon's, a proxy must keep it ('proxy_set_header Host $http_host'"
@@ -2229,8 +2228,8 @@ class Guard:
             raise self._challenge("a user and a password are wanted here: curl --anyauth -u NAME;"
                                   " Basic is taken over TLS only")
         if not any(hmac.compare_digest(given.encode(), proof.encode()) for proof in wanted):
-            client = request.client_address[0]
-            log(f"{request.command} {request.path:.100} from {client} got 401: a wrong password")
+            log(f"{request.command} {request.path:.100} from {request.client_address[0]} got 401:"
+                " the user or the password is wrong")
             request._pause(PENALTY_SECONDS)
             raise self._challenge("the user or the password is wrong")
         if kind == "digest":
@@ -2240,8 +2239,8 @@ class Guard:
         use = object()
         _, uses = self._nonces.get(fields.get("nonce", ""), (0.0, {proof: None}))
         if uses.setdefault(proof, use) is not use:  # atomic, so one of two at once is the first
-            raise self._challenge("the nonce is too old, or this request has come before; ask"
-                                  " again", ", stale=true")
+            raise self._challenge(
+                "the nonce is too old, or this request has come before; ask again", ", stale=true")
         if (uri := fields.get("uri", "")) != request.path:
             raise BadRequest(
                 f"Digest is for {quoted(uri)}, not {quoted(request.path)}: a proxy has changed"
@@ -2255,15 +2254,14 @@ class Guard:
             self._nonces = {newest: (made, uses), os.urandom(16).hex(): (now, {})}
 
     def _challenge(self, message: str, more: str = "") -> ScrapyDoError:
-        start = f'Digest realm="scrapy-do", nonce="{list(self._nonces)[-1]}", qop="auth"'
-        ways = [f"{start}, charset=UTF-8{more}, algorithm={name}" for name in ALGORITHMS]
+        ways = [f'Digest realm="scrapy-do", nonce="{list(self._nonces)[-1]}", qop="auth"'
+                f", charset=UTF-8, algorithm={name}{more}" for name in ALGORITHMS]
         ways += ['Basic realm="scrapy-do", charset="UTF-8"'] * self._is_tls
         return ScrapyDoError(message, 401, [("WWW-Authenticate", way) for way in ways])
 
 
 # A body is a file, on the disk if it has an archive: that may be large, and is read in pieces.
 
-FORM_BYTES = 16 * MIB  # the longest body that is read as a whole, so all but multipart/form-data
 Field = tuple[str, Iterable[bytes]]  # the name, and the value in pieces
 
 
@@ -2289,9 +2287,8 @@ def query_fields(data: bytes) -> Iterator[Field]:
     """Yield urlencoded fields; a value may be binary, and a stray % stays."""
     for field in re.finditer(b"[^&]+", data):
         name, _, value = field[0].replace(b"+", b" ").partition(b"=")
-        text = as_text(urllib.parse.unquote_to_bytes(name[:999]),
-                       f"the name of a parameter (a file is sent by {PUSH_CALL})")
-        yield text, _unquoted(value)
+        yield as_text(urllib.parse.unquote_to_bytes(name[:999]), "the name of a parameter (a file"
+                      f" is sent by {PUSH_CALL})"), _unquoted(value)
 
 
 def _unquoted(data: bytes) -> Iterator[bytes]:
@@ -2317,10 +2314,11 @@ def _multipart_fields(file: IO[bytes], boundary: str) -> Iterator[Field]:
     _, at, is_last = _find(rb"\A" + line, file, 0)
     while not is_last:
         file.seek(at)
-        disposition = _parameters_of(read_headers(file).get("content-disposition", ""))
-        name, start = disposition.get("name", "(no name)"), file.tell()
+        names = _parameters_of(read_headers(file).get("content-disposition", ""))
+        name = names.get("name", "(no name)").encode("latin-1").decode("utf-8", "replace")
+        start = file.tell()
         end, at, is_last = _find(rb"\r\n" + line, file, start)
-        yield name.encode("latin-1").decode("utf-8", "replace"), _pieces(file, start, end)
+        yield name, _pieces(file, start, end)
 
 
 def _json_fields(data: bytes, repeatable: Collection[str]) -> Iterator[Field]:
@@ -2340,24 +2338,23 @@ def _json_fields(data: bytes, repeatable: Collection[str]) -> Iterator[Field]:
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     # One of twins would be lost.
     if len(dict(pairs)) < len(pairs):
-        twin, _ = Counter(name for name, _ in pairs).most_common(1)[0]
+        (twin, _), *_ = Counter(name for name, _ in pairs).most_common(1)
         raise BadRequest(f"the parameter {quoted(twin)} is given twice; use a list for several")
     return dict(pairs)
 
 
 def _body_fields(file: IO[bytes], headers: Mapping[str, str], route: Route) -> Iterator[Field]:
-    form_type = "application/x-www-form-urlencoded"
-    kind, _, rest = headers.get("content-type", form_type).partition(";")
+    # By the type of the body. Only multipart/form-data is not read as a whole.
+    kind, _, rest = headers.get("content-type", "").partition(";")
     kind = kind.strip().lower()
     if kind == "multipart/form-data":
         return _multipart_fields(file, _parameters_of(rest).get("boundary", ""))
-    data = _cut(file, 0, FORM_BYTES + 1)
-    if len(data) > FORM_BYTES:
-        raise TooLarge(f"a body of type {quoted(kind)} may have {FORM_BYTES // MIB} MiB; send a"
-                       f" larger archive by {PUSH_CALL}")
+    data = _cut(file, 0, 16 * MIB + 1)
+    if len(data) > 16 * MIB:
+        raise TooLarge(f"only curl -F sends more than 16 MiB, as in {PUSH_CALL}")
     if kind == "application/json":
         return _json_fields(data, route.repeatable)
-    if kind == form_type:
+    if kind in ("", "application/x-www-form-urlencoded"):
         return query_fields(data)
     raise ScrapyDoError(f"a body of type {quoted(kind)} is not understood; send a form (curl -F or"
                         f" -d) or JSON (curl --json), as in {PUSH_CALL}", 415)
@@ -2391,15 +2388,13 @@ class Route(NamedTuple):
             if name not in known:
                 raise BadRequest(
                     f"{self.name} has no parameter {quoted(name)}; {self}; with curl, JSON needs"
-                    " --json, a file -F NAME=@FILE, a value with '&' or '+' --data-urlencode"
-                )
+                    " --json, a file -F NAME=@FILE, a value with '&' or '+' --data-urlencode")
             if name in values and name not in self.repeatable:
                 raise BadRequest(f"the parameter {quoted(name)} is given twice; {self}")
             kept = value if name == "archive" else as_text(b"".join(value), f"parameter '{name}'")
             values[name] = [*values.get(name, ()), kept] if name in self.repeatable else kept
-        for name in self.required:
-            if name not in values:
-                raise BadRequest(f"{self.name} needs the parameter '{name}'; {self}")
+        if missing := [name for name in self.required if name not in values]:
+            raise BadRequest(f"{self.name} needs the parameter '{missing[0]}'; {self}")
         return values
 
 
@@ -2451,11 +2446,9 @@ ROUTES = {
 LOG_ROUTE = Route("get-log", Daemon.status, (), ("follow", "tail"))
 
 
-def tail_start(file: IO[bytes], size: int, lines: int | None) -> int:
-    """Return where the last lines of a file begin; None stands for all lines."""
-    if not lines:
-        return 0 if lines is None else size
-    for start in reversed(range(0, size - 1, CHUNK_BYTES)):
+def tail_start(file: IO[bytes], size: int, lines: int) -> int:
+    """Return where the last lines of a file begin."""
+    for start in reversed(range(0, size, CHUNK_BYTES)):
         # The line feed at the very end begins no other line.
         block = _cut(file, start, min(start + CHUNK_BYTES, size - 1))
         count = block.count(b"\n")
@@ -2674,7 +2667,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         path = self.server.daemon.log_path(identifier, stream)
         with open_log(path) as file:
             size = os.fstat(file.fileno()).st_size
-            start = tail_start(file, size, asked.get("tail"))
+            start = tail_start(file, size, asked["tail"]) if "tail" in asked else 0
             if not asked.get("follow") or self.is_old:  # HTTP/1.0 has no chunks
                 wanted = "" if "tail" in asked else self.headers.get("range", "")
                 self._send_part(file, start, size, wanted)
