@@ -2077,25 +2077,21 @@ FOLLOW_SECONDS = 0.2  # between looks at a log that is followed
 PENALTY_SECONDS = 1.0  # before a wrong password is answered: slow guessing down
 NONCE_SECONDS = 300  # until there is another Digest nonce; clients fetch it by themselves
 NONCE_USES = 10_000  # until there is another: each use is remembered
+ALGORITHMS = ("SHA-256", "MD5")  # of Digest, the best first
 TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"  # RFC 9110, section 5.6.2
 REQUEST_LINE = re.compile(rb"(%s) (/[!-~\x80-\xff]*) HTTP/1\.([0-9])\r\n" % TOKEN)
 HEADER_LINE = re.compile(rb"(%s):([^\0\r\n]*)\r\n" % TOKEN)
 CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;[^\0\r\n]*)?\r\n")
 LOG_PATH = re.compile(rf"/get-log/data/({JOB_PATTERN.pattern})\.(out|err)")
 TEXT_TYPE = "text/plain; charset=utf-8"
-PAGE_HEADERS = [  # nothing from elsewhere, and no frame around it, whose owner could lead a click
-    ("Content-Security-Policy", "default-src 'none'; connect-src 'self'; "
-     "script-src 'unsafe-inline'; style-src 'unsafe-inline'; base-uri 'none'; "
-     "form-action 'none'; frame-ancestors 'none'"),
-]  # fmt: skip
+PAGE_HEADERS = [("Content-Security-Policy",  # nothing from elsewhere, nor a frame that leads clicks
+                 "default-src 'none'; connect-src 'self'; script-src 'unsafe-inline'; style-src "
+                 "'unsafe-inline'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'")]
 Headers = Sequence[tuple[str, str]]
 
 
 def load_certificate(certificate: Path, key: Path | None) -> ssl.SSLContext:
-    """Return what speaks TLS; the key may be in `certificate`. Raise ScrapyDoError if that fails.
-
-    A reload executes the program anew, which reads the files again.
-    """
+    """Return a context for TLS; the key may be in `certificate`. Raise ScrapyDoError."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     try:
         context.load_cert_chain(certificate, key, "")  # None would ask the terminal for a password
@@ -2118,19 +2114,15 @@ class Rules(NamedTuple):
 
 
 def read_users(path: Path) -> dict[str, str]:
-    """Return the passwords by user of a file with a line USER:PASSWORD each.
-
-    Raise ScrapyDoError with the fault. Its group may read it: so mounted secrets come.
-    """
+    """Return passwords by user, from a file with a line for each. Raise ScrapyDoError."""
     try:
         mode, data = path.stat().st_mode, path.read_bytes()
     except OSError as error:
-        raise ScrapyDoError(
-            f"{path}, given by --auth-file, cannot be read: {error.strerror}") from None
-    if mode & (stat.S_IRWXO | stat.S_IWGRP):
+        raise ScrapyDoError(f"the --auth-file {path} cannot be read: {error.strerror}") from None
+    if mode & (stat.S_IRWXO | stat.S_IWGRP):  # the group may read it, as with mounted secrets
         raise ScrapyDoError(f"others may use the passwords: run 'chmod g-w,o-rwx {path}'")
     users: dict[str, str] = {}
-    for number, line in enumerate(as_text(data, f"the file of users, {path},").split("\n"), 1):
+    for number, line in enumerate(_as_text(data, f"the --auth-file {path}").split("\n"), 1):
         name, _, password = line.partition(":")
         if line.strip() and (not name or not password or name in users):
             raise ScrapyDoError(f"line {number} of {path} is not USER:PASSWORD, of a new user")
@@ -2147,19 +2139,14 @@ def _parameters_of(text: str) -> dict[str, str]:
     return {m[1].lower(): re.sub(r"\\(.)", r"\1", m[2] or m[3] or "") for m in found}
 
 
-ALGORITHMS = ("SHA-256", "MD5")  # of Digest
-
-
 def _proofs(fields: Mapping[str, str], method: str, users: Mapping[str, str]) -> list[str]:
     # What the response of a Digest should be, RFC 7616; nothing for an algorithm that is not known.
     algorithm = fields.get("algorithm", "MD5").upper()
     if algorithm not in ALGORITHMS:
         return []
-
     def digest(*texts: str) -> str:
         return hashlib.new(algorithm.replace("-", ""), ":".join(texts).encode(),
                            usedforsecurity=False).hexdigest()
-
     uri, *counted = (fields.get(name, "") for name in ("uri", "nonce", "nc", "cnonce", "qop"))
     user = fields.get("username", "").encode("latin-1").decode("utf-8", "replace")
     # A user who does not exist costs the same time as one who does.
@@ -2170,8 +2157,8 @@ def _proofs(fields: Mapping[str, str], method: str, users: Mapping[str, str]) ->
 class Guard:
     """Refuse what a foreign web page asks a browser for, and who lacks a password.
 
-    For Digest there are two nonces, each with the proofs of a password that have come with it: who
-    listens to a request can so not send it again, or another body with its header.
+    For Digest there are two nonces, each with the proofs of a password that have come with it, so
+    that who listens cannot send a request again, nor another body with its header.
     """
 
     def __init__(self, rules: Rules):
@@ -2209,10 +2196,10 @@ class Guard:
         schemes = ("https",) if self._is_tls else ("https", "http")
         if (scheme not in schemes or place not in (host, *self._aliases)
                 or headers.get("sec-fetch-site", "none") not in ("same-origin", "none")):
-            raise Forbidden(
-                f"a page of {quoted(origin)} must not change anything at {quoted(host)}; if the"
-                " page is the daemon's, a proxy must keep it ('proxy_set_header Host $http_host'"
-                f" in nginx), or start with --allow-host {place[:100] or 'NAME'}")
+            raise Forbidden(f"a page of {quoted(origin)} must not change anything at "
+                            f"{quoted(host)}; if it is the daemon's, a proxy must keep the Host "
+                            "('proxy_set_header Host $http_host' in nginx), or start with "
+                            f"--allow-host {place[:100] or 'NAME'}")
 
     def _check_user(self, request: Handler, users: Mapping[str, str]) -> None:
         self._renew_nonce()
@@ -2232,19 +2219,17 @@ class Guard:
                 " the user or the password is wrong")
             request._pause(PENALTY_SECONDS)
             raise self._challenge("the user or the password is wrong")
-        if kind == "digest":
-            self._check_use(request, fields, given)
+        if kind == "basic":
+            return
 
-    def _check_use(self, request: Handler, fields: Mapping[str, str], proof: str) -> None:
         use = object()
-        _, uses = self._nonces.get(fields.get("nonce", ""), (0.0, {proof: None}))
-        if uses.setdefault(proof, use) is not use:  # atomic, so one of two at once is the first
+        _, uses = self._nonces.get(fields.get("nonce", ""), (0.0, {given: None}))
+        if uses.setdefault(given, use) is not use:  # atomic, so one of two at once is the first
             raise self._challenge(
                 "the nonce is too old, or this request has come before; ask again", ", stale=true")
         if (uri := fields.get("uri", "")) != request.path:
-            raise BadRequest(
-                f"Digest is for {quoted(uri)}, not {quoted(request.path)}: a proxy has changed"
-                " the path; let the proxy keep the path, or check the passwords itself")
+            raise BadRequest(f"Digest is for {quoted(uri)}, not {quoted(request.path)}: a proxy has"
+                             " changed the path; let it keep the path, or check the passwords")
 
     def _renew_nonce(self) -> None:
         # The one before the newest is still taken, older ones are not.
@@ -2275,20 +2260,19 @@ def _pieces(file: IO[bytes], start: int, end: int) -> Iterator[bytes]:
         yield _cut(file, at, min(at + CHUNK_BYTES, end))
 
 
-def as_text(data: bytes, what: str) -> str:
-    """Return bytes as text. Raise BadRequest if they are not UTF-8."""
+def _as_text(data: bytes, what: str) -> str:
     try:
         return data.decode()
     except UnicodeDecodeError:
         raise BadRequest(f"{what} is not UTF-8") from None
 
 
-def query_fields(data: bytes) -> Iterator[Field]:
-    """Yield urlencoded fields; a value may be binary, and a stray % stays."""
+def _query_fields(data: bytes) -> Iterator[Field]:
+    # A value may be binary, and a stray % stays.
     for field in re.finditer(b"[^&]+", data):
         name, _, value = field[0].replace(b"+", b" ").partition(b"=")
-        yield as_text(urllib.parse.unquote_to_bytes(name[:999]), "the name of a parameter (a file"
-                      f" is sent by {PUSH_CALL})"), _unquoted(value)
+        what = f"the name of a parameter (a file is sent by {PUSH_CALL})"
+        yield _as_text(urllib.parse.unquote_to_bytes(name[:999]), what), _unquoted(value)
 
 
 def _unquoted(data: bytes) -> Iterator[bytes]:
@@ -2324,7 +2308,7 @@ def _multipart_fields(file: IO[bytes], boundary: str) -> Iterator[Field]:
 def _json_fields(data: bytes, repeatable: Collection[str]) -> Iterator[Field]:
     # The members of an object; repeatable ones may be lists.
     try:
-        members = dict(**json.loads(as_text(data, "the JSON body"), object_pairs_hook=_unique))
+        members = dict(**json.loads(_as_text(data, "the JSON body"), object_pairs_hook=_unique))
     except (TypeError, ValueError, RecursionError) as error:
         raise BadRequest('the body is not JSON with one object, like {"project": "demo"}: '
                          f"{error!s:.200}") from None
@@ -2355,7 +2339,7 @@ def _body_fields(file: IO[bytes], headers: Mapping[str, str], route: Route) -> I
     if kind == "application/json":
         return _json_fields(data, route.repeatable)
     if kind in ("", "application/x-www-form-urlencoded"):
-        return query_fields(data)
+        return _query_fields(data)
     raise ScrapyDoError(f"a body of type {quoted(kind)} is not understood; send a form (curl -F or"
                         f" -d) or JSON (curl --json), as in {PUSH_CALL}", 415)
 
@@ -2376,10 +2360,7 @@ class Route(NamedTuple):
         return f"its parameters are {', '.join(shown)}" if shown else "it has no parameters"
 
     def check(self, fields: Iterable[Field]) -> dict[str, Any]:
-        """Return the values by name: texts, a list of them where repeatable, an archive in pieces.
-
-        Raise ScrapyDoError for a field that is missing, unknown, given twice, or not UTF-8.
-        """
+        """Return values by name: text, a list of texts, or an archive. Raise ScrapyDoError."""
         known = self.required + self.optional
         values: dict[str, Any] = {}
         for count, (name, value) in enumerate(fields, 1):
@@ -2391,7 +2372,7 @@ class Route(NamedTuple):
                     " --json, a file -F NAME=@FILE, a value with '&' or '+' --data-urlencode")
             if name in values and name not in self.repeatable:
                 raise BadRequest(f"the parameter {quoted(name)} is given twice; {self}")
-            kept = value if name == "archive" else as_text(b"".join(value), f"parameter '{name}'")
+            kept = value if name == "archive" else _as_text(b"".join(value), f"parameter '{name}'")
             values[name] = [*values.get(name, ()), kept] if name in self.repeatable else kept
         if missing := [name for name in self.required if name not in values]:
             raise BadRequest(f"{self.name} needs the parameter '{missing[0]}'; {self}")
@@ -2399,11 +2380,9 @@ class Route(NamedTuple):
 
 
 def read_headers(reader: IO[bytes]) -> dict[str, str]:
-    """Return headers by lower-case name, up to the empty line.
-
-    Raise ScrapyDoError for what could smuggle a second request in: http.server's own reader, made
-    for mail, splits lines at a bare CR and stops at a line that it does not understand.
-    """
+    """Return headers by lower-case name, up to the empty line. Raise ScrapyDoError."""
+    # The reader of http.server is made for mail, and could let a second request be smuggled in: it
+    # splits lines at a bare CR, and stops at a line that it does not understand.
     headers: dict[str, str] = {}
     while (line := reader.readline(LINE_BYTES)) not in (b"\r\n", b"\n"):
         match = HEADER_LINE.fullmatch(line)
@@ -2427,22 +2406,19 @@ def body_length(headers: Mapping[str, str]) -> int | None:
     return None
 
 
-ROUTES = {
-    f"/{route.name}": route
-    for route in (
-        Route("status.json", Daemon.status),
-        Route("list-projects.json", Daemon.list_projects),
-        Route("list-spiders.json", Daemon.list_spiders, ("project",)),
-        Route("list-jobs.json", Daemon.list_jobs, (),
-              ("status", "id", "project", "spider", "scheduled_by", "limit")),
-        Route("push-project.json", Daemon.push, ("archive",), is_post=True),
-        Route("schedule-job.json", Daemon.schedule, ("project", "spider", "when"),
-              ("description", "payload", "timeout", "priority", "items", "arg", "setting"),
-              ("spider", "arg", "setting"), is_post=True),
-        Route("cancel-job.json", Daemon.cancel, (), ("id", "project", "spider"), is_post=True),
-        Route("remove-project.json", Daemon.remove, ("name",), is_post=True),
-    )
-}  # fmt: skip
+ROUTES = {f"/{route.name}": route for route in (
+    Route("status.json", Daemon.status),
+    Route("list-projects.json", Daemon.list_projects),
+    Route("list-spiders.json", Daemon.list_spiders, ("project",)),
+    Route("list-jobs.json", Daemon.list_jobs, (),
+          ("status", "id", "project", "spider", "scheduled_by", "limit")),
+    Route("push-project.json", Daemon.push, ("archive",), is_post=True),
+    Route("schedule-job.json", Daemon.schedule, ("project", "spider", "when"),
+          ("description", "payload", "timeout", "priority", "items", "arg", "setting"),
+          ("spider", "arg", "setting"), is_post=True),
+    Route("cancel-job.json", Daemon.cancel, (), ("id", "project", "spider"), is_post=True),
+    Route("remove-project.json", Daemon.remove, ("name",), is_post=True),
+)}
 LOG_ROUTE = Route("get-log", Daemon.status, (), ("follow", "tail"))
 
 
@@ -2553,7 +2529,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         """Answer a request of any method."""
         target, _, query = self.path.partition("?")
-        path = as_text(urllib.parse.unquote_to_bytes(target.encode("latin-1")), "the path")
+        path = _as_text(urllib.parse.unquote_to_bytes(target.encode("latin-1")), "the path")
         log_path, route = LOG_PATH.fullmatch(path), ROUTES.get(path)
         if not (route or log_path or path == "/"):
             raise NotFound(
@@ -2578,7 +2554,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def _parameters(self, route: Route, query: str) -> dict[str, Any]:
         if not route.is_post:
-            return route.check(query_fields(query.encode("latin-1")))
+            return route.check(_query_fields(query.encode("latin-1")))
         if query:
             raise BadRequest(f"{route.name} takes parameters by curl -F or -d, not in the address")
         if "archive" not in route.required:
@@ -2662,7 +2638,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             raise ConnectionAbortedError
 
     def _send_log(self, query: str, identifier: str, stream: str) -> None:
-        fields = LOG_ROUTE.check(query_fields(query.encode("latin-1")))
+        fields = self._parameters(LOG_ROUTE, query)
         asked = {name: checked(name, parse_whole, fields[name], 0, 10**9) for name in fields}
         path = self.server.daemon.log_path(identifier, stream)
         with open_log(path) as file:
