@@ -2543,8 +2543,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def setup(self) -> None:
         super().setup()
-        self.reader = _Reader(self.request, "r")
-        self.rfile: io.BufferedReader = io.BufferedReader(self.reader, CHUNK_BYTES)
+        self.rfile: Any = io.BufferedReader(_Reader(self.request, "r"), CHUNK_BYTES)
         self.is_known = self.server.rules.users is None  # or has shown a password
         self.server.connections[self.request] = self
 
@@ -2559,9 +2558,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
                     pass
 
     def handle_one_request(self) -> None:
-        now = time.monotonic()
-        self.idle_since = now + (0.0 if self.command else GRACE_SECONDS)
-        self.reader.deadline = now + self.server.rules.request_timeout
+        self.idle_since = time.monotonic() + (0.0 if self.command else GRACE_SECONDS)
+        self.rfile.raw.deadline = self.idle_since + self.server.rules.request_timeout
         self.length: int | None = 0  # of the body still to be read; None: unknown, or in chunks
         try:
             super().handle_one_request()
@@ -2649,7 +2647,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def _receive(self, file: IO[bytes], most: int) -> None:
         if self.headers.get("expect", "").lower() == "100-continue" and not self.is_old:
             self.request.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
-        self.reader.deadline = time.monotonic() + self.server.rules.request_timeout
+        self.rfile.raw.deadline = time.monotonic() + self.server.rules.request_timeout
         try:
             left = self._next_chunk(b"\r\n") if self.length is None else self.length
             while left:
@@ -2661,7 +2659,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
                     raise ConnectionAbortedError
                 file.write(piece)
                 left -= len(piece)
-                self.reader.deadline += len(piece) / BODY_BYTES_PER_SECOND
+                self.rfile.raw.deadline += len(piece) / BODY_BYTES_PER_SECOND
                 if not left and self.length is None:
                     left = self._next_chunk(self.rfile.read(2))
         except TimeoutError:
@@ -2685,10 +2683,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             log(f"{what} from {self.client_address[0]} got {error.status}: {error!s:.300}")
         self._send(error.status, {"status": "error", "msg": str(error)}, headers=error.headers)
 
-    def _send(
-        self, status: int, answer: Mapping[str, Any] | bytes, kind: str = "application/json",
-        headers: Headers = (), framing: str = "",
-    ) -> None:  # fmt: skip
+    def _send(self, status: int, answer: Mapping[str, Any] | bytes, kind: str = "application/json",
+              headers: Headers = (), framing: str = "") -> None:
         # `framing` is the header that says where the body ends, by default with `answer`.
         if not isinstance(answer, bytes):
             answer = (encode_answer(answer) + "\n").encode("utf-8", "backslashreplace")
@@ -2699,7 +2695,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             "Cache-Control: no-store", "X-Content-Type-Options: nosniff",
             f"Connection: {'close' if self.close_connection else 'keep-alive'}",
             *(f"{name}: {value}" for name, value in headers), "\r\n",
-        ]  # fmt: skip
+        ]
         head = "\r\n".join(lines).encode("latin-1", "replace")
         self.request.sendall(head if self.command == "HEAD" else head + answer)
 
@@ -2719,8 +2715,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             start = tail_start(file, size, asked.get("tail"))
             # HTTP/1.0 has no chunks.
             if not asked.get("follow") or self.command == "HEAD" or self.is_old:
-                wanted = "" if "tail" in asked else self.headers.get("range", "")
-                self._send_part(file, start, size, wanted)
+                self._send_part(file, start, size,
+                                "" if "tail" in asked else self.headers.get("range", ""))
                 return
         self._follow(path, identifier, start)
 
@@ -2771,7 +2767,7 @@ class Server(http.server.ThreadingHTTPServer):
     """Accept connections, each of which gets a thread."""
 
     def __init__(self, listening: socket.socket, daemon: Daemon, rules: Rules):
-        # What server_bind would do asks DNS for a name.
+        # `server_bind` would ask DNS for a name.
         super().__init__(listening.getsockname()[:2], Handler, bind_and_activate=False)
         self.socket.close()
         self.socket = listening
@@ -2791,18 +2787,13 @@ class Server(http.server.ThreadingHTTPServer):
 
     def serve_until(self, signals: socket.socket) -> bytes:
         """Serve until something can be read from `signals`, and return that."""
-        poll = select.poll()
-        poll.register(self.socket, select.POLLIN)
-        poll.register(signals, select.POLLIN)
-        while signals.fileno() not in dict(poll.poll()):
+        while signals not in select.select([self.socket, signals], [], [])[0]:
             self._accept()
         return signals.recv(CHUNK_BYTES)
 
     def _accept(self) -> None:
         try:
             request, address = self.get_request()
-        except (BlockingIOError, ConnectionError):  # the client has gone at once
-            return
         except OSError as error:
             log(f"no connection can be accepted: {error.strerror}")
             time.sleep(PLACE_SECONDS)
@@ -2813,7 +2804,9 @@ class Server(http.server.ThreadingHTTPServer):
                 request = self.rules.tls.wrap(request)
             self._make_room()
             self.connections[request] = None
-            self.process_request(request, address)
+            if not self._idle.acquire(blocking=False):  # to start another takes long
+                threading.Thread(target=self._run, name="http", daemon=True).start()
+            self._work.put((request, address))
         except (OSError, RuntimeError):  # no room, or no thread
             with contextlib.suppress(OSError):
                 request.settimeout(0)
@@ -2824,8 +2817,8 @@ class Server(http.server.ThreadingHTTPServer):
         # The connection that is idle for longest gives way, first of those without a password.
         end = time.monotonic() + GRACE_SECONDS
         while len(self.connections) >= self.rules.max_connections:
-            handlers = filter(None, list(self.connections.values()))
-            first = min(handlers, key=lambda h: (h.is_known, h.idle_since), default=None)
+            first = min(filter(None, list(self.connections.values())), default=None,
+                        key=lambda handler: (handler.is_known, handler.idle_since))
             if first and (not first.is_known or first.idle_since < time.monotonic()):
                 self.connections.pop(first.request, None)
                 with contextlib.suppress(OSError):
@@ -2834,12 +2827,6 @@ class Server(http.server.ThreadingHTTPServer):
                 raise TimeoutError
             else:
                 time.sleep(PLACE_SECONDS)
-
-    def process_request(self, request: Any, client_address: Any) -> None:
-        # To start a thread takes longer than an answer, so an idle one is preferred.
-        if not self._idle.acquire(blocking=False):
-            threading.Thread(target=self._run, name="http", daemon=True).start()
-        self._work.put((request, client_address))
 
     def _run(self) -> None:
         while True:
