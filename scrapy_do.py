@@ -2071,7 +2071,7 @@ def memory_usage(tenth: int) -> float:
 LINE_BYTES = 8 * 1024  # the longest line of a request's head; others have this limit as well
 BODY_BYTES_PER_SECOND = 10 * 1024  # the least rate of an upload: a slow telephone's
 LINGER_SECONDS = 2.0  # for the rest of a refused body, so that the client gets to see the answer
-GRACE_SECONDS = 1.0  # in which a client that has connected may send its request undisturbed
+GRACE_SECONDS = 0.5  # in which a client that has connected may send its request undisturbed
 PLACE_SECONDS = 0.01  # between looks for a place, or a descriptor, for a new connection
 FOLLOW_SECONDS = 0.2  # between looks at a log that is followed
 PENALTY_SECONDS = 1.0  # before a wrong password is answered: slow guessing down
@@ -2081,7 +2081,7 @@ ALGORITHMS = ("SHA-256", "MD5")  # of Digest, the best first
 TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"  # RFC 9110, section 5.6.2
 REQUEST_LINE = re.compile(rb"(%s) (/[!-~\x80-\xff]*) HTTP/1\.([0-9])\r\n" % TOKEN)
 HEADER_LINE = re.compile(rb"(%s):([^\0\r\n]*)\r\n" % TOKEN)
-CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;[^\0\r\n]*)?\r\n")
+CHUNK_LINE = re.compile(rb"\r\n([0-9A-Fa-f]{1,15})[ \t]*(?:;[^\0\r\n]*)?\r\n")
 LOG_PATH = re.compile(rf"/get-log/data/({JOB_PATTERN.pattern})\.(out|err)")
 TEXT_TYPE = "text/plain; charset=utf-8"
 PAGE_HEADERS = [("Content-Security-Policy",  # nothing from elsewhere, nor a frame that leads clicks
@@ -2434,17 +2434,14 @@ def tail_start(file: IO[bytes], size: int, lines: int) -> int:
     return 0
 
 
-class Reader(socket.SocketIO):
-    """Reads a connection until a deadline; a timeout of the socket counts for each read anew."""
+class _Reader(socket.SocketIO):
+    # Reads a connection until a deadline: a timeout of the socket counts for each read anew.
 
     deadline = 0.0  # on the monotonic clock
 
     def readinto(self, buffer: Any) -> int:
-        """Read what has arrived; 0 is the end. Raise TimeoutError at the deadline."""
-        if time.monotonic() > self.deadline:
-            raise TimeoutError
-        size = super().readinto(buffer)
-        if size is None:  # a timeout of the system
+        size = super().readinto(buffer) if time.monotonic() < self.deadline else None
+        if size is None:  # the deadline, or a timeout of the system
             raise TimeoutError
         return size
 
@@ -2458,34 +2455,29 @@ class Handler(http.server.BaseHTTPRequestHandler):
     server: Server
     headers: Any  # a dictionary by lower-case name
     raw_requestline: bytes  # as http.server has read it
+    command = ""  # of the latest request
+    idle_since = math.inf  # while a request is answered; in the future while the first is awaited
 
     def setup(self) -> None:
-        """Begin a connection, see socketserver.StreamRequestHandler."""
         super().setup()
-        if self.server.rules.tls:  # it ignores the timeout that connections inherit
-            self.request.settimeout(self.server.rules.request_timeout)
-        self.reader = Reader(self.request, "r")
-        self.rfile: io.BufferedReader = io.BufferedReader(self.reader, CHUNK_BYTES)
-        self.command = ""  # of the latest request
+        self.rfile: Any = io.BufferedReader(_Reader(self.request, "r"), CHUNK_BYTES)
         self.is_known = self.server.rules.users is None  # or has shown a password
-        self.idle_since = time.monotonic()  # infinite while a request is being answered
         self.server.connections[self.request] = self
 
     def finish(self) -> None:
-        """End a connection. A reset would take the last answer along, so read on for a moment."""
+        # A reset would take the last answer along, so read on for a moment.
         end = time.monotonic() + LINGER_SECONDS
         with contextlib.suppress(OSError):
-            if not self.is_read:
+            if self.length != 0:
                 self.request.shutdown(socket.SHUT_WR)
                 self.request.settimeout(LINGER_SECONDS)
                 while time.monotonic() < end and self.request.recv(CHUNK_BYTES):
                     pass
 
     def handle_one_request(self) -> None:
-        """Read and answer a request; the connection is idle until its head is there."""
-        self.idle_since = time.monotonic()
-        self.reader.deadline = self.idle_since + self.server.rules.request_timeout
-        self.is_read = self.close_connection = True
+        self.idle_since = time.monotonic() + (0.0 if self.command else GRACE_SECONDS)
+        self.rfile.raw.deadline = self.idle_since + self.server.rules.request_timeout
+        self.length: int | None = 0  # of the body still to be read; None: unknown, or in chunks
         try:
             super().handle_one_request()
         except ScrapyDoError as error:
@@ -2499,8 +2491,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self._refuse(ScrapyDoError("the daemon met an error of its own; see its log"))
 
     def parse_request(self) -> bool:
-        """Read the head of a request. Raise ScrapyDoError for one that is not sound."""
-        self.command, self.is_read = "", False
+        self.command, self.length = "", None
         match = REQUEST_LINE.fullmatch(self.raw_requestline)
         if match is None:
             raise BadRequest("this is not a request line of HTTP/1.1, like GET /status.json")
@@ -2510,38 +2501,31 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if "," in self.headers.get("host", "" if self.is_old else ","):
             raise BadRequest("there must be one Host header")
         self.length = body_length(self.headers)
-        self.is_read = self.length == 0
-        wish = self.headers.get("connection", "").lower()
-        self.close_connection = "close" in wish or (self.is_old and "keep-alive" not in wish)
+        self.close_connection = self.is_old or "close" in self.headers.get("connection", "").lower()
         self.server.guard.check(self)
         self.is_known = True
         self.idle_since = math.inf
         return True
 
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
-        """Refuse what http.server itself does not understand."""
-        self.is_read = False
+        # What http.server itself does not understand.
+        self.length = None
         raise ScrapyDoError(message or "the address is too long; use a POST body", code)
 
     def log_message(self, format: str, *args: Any) -> None:
         """Say nothing of a connection on which nothing came in time."""
 
-    def do_GET(self) -> None:
-        """Answer a request of any method."""
-        target, _, query = self.path.partition("?")
-        path = _as_text(urllib.parse.unquote_to_bytes(target.encode("latin-1")), "the path")
+    def do_GET(self) -> None:  # and all other methods
+        path, _, query = self.path.partition("?")
         log_path, route = LOG_PATH.fullmatch(path), ROUTES.get(path)
         if not (route or log_path or path == "/"):
-            raise NotFound(
-                f"there is no {quoted(path)}; the paths are /, {', '.join(ROUTES)}, and"
-                " /get-log/data/ID.err or .out, where ID is the identifier of a job"
-            )
+            raise NotFound(f"there is no {quoted(path)}; the paths are /, {', '.join(ROUTES)}, and"
+                           " /get-log/data/ID.err or .out, where ID is the identifier of a job")
         methods = ("POST",) if route and route.is_post else ("GET", "HEAD")
         if self.command not in methods:
-            raise ScrapyDoError(
-                f"{quoted(path)} is asked for by {methods[0]}; curl sends a POST with -F or -d, and"
-                " a GET without them and -X", 405, [("Allow", ", ".join(methods))],
-            )  # fmt: skip
+            raise ScrapyDoError(f"{quoted(path)} is asked for by {methods[0]}; curl sends a POST"
+                                " with -F or -d, and a GET without them and -X", 405,
+                                [("Allow", ", ".join(methods))])
         if route:
             answer = route.answer(self.server.daemon, **self._parameters(route, query))
             self._send(200, {"status": "ok", **answer})
@@ -2576,32 +2560,30 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def _receive(self, file: IO[bytes], most: int) -> None:
         if self.headers.get("expect", "").lower() == "100-continue" and not self.is_old:
-            self.wfile.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-        self.reader.deadline = time.monotonic() + self.server.rules.request_timeout
+            self.request.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
+        self.rfile.raw.deadline = time.monotonic() + self.server.rules.request_timeout
         try:
-            left = self._next_chunk() if self.length is None else self.length
+            left = self._next_chunk(b"\r\n") if self.length is None else self.length
             while left:
                 if file.tell() + left > most:
-                    raise TooLarge(
-                        f"the body is longer than {most // MIB} MiB; for archives, see --max-upload"
-                    )
+                    raise TooLarge(f"the body is longer than {most // MIB} MiB; for archives, see"
+                                   " --max-upload")
                 piece = self.rfile.read1(min(left, CHUNK_BYTES))
                 if not piece:
                     raise ConnectionAbortedError
                 file.write(piece)
                 left -= len(piece)
-                self.reader.deadline += len(piece) / BODY_BYTES_PER_SECOND
+                self.rfile.raw.deadline += len(piece) / BODY_BYTES_PER_SECOND
                 if not left and self.length is None:
-                    left = self._next_chunk(b"\r\n")
+                    left = self._next_chunk(self.rfile.read(2))
         except TimeoutError:
             raise ScrapyDoError("the request took too long to arrive", 408) from None
-        self.is_read = True
+        self.length = 0
 
-    def _next_chunk(self, end: bytes = b"") -> int:
-        # 0 is the end, see RFC 9112 section 7.1.
-        is_ended = self.rfile.read(len(end)) == end
-        match = CHUNK_LINE.fullmatch(self.rfile.readline(256))
-        if match is None or not is_ended:
+    def _next_chunk(self, end: bytes) -> int:
+        # Return its size, 0 at the end, see RFC 9112 section 7.1; `end` is that of the last chunk.
+        match = CHUNK_LINE.fullmatch(end + self.rfile.readline(256))
+        if match is None:
             raise BadRequest("the chunked body is broken")
         if not (size := int(match[1], 16)):
             read_headers(self.rfile)  # of the trailer, which means nothing here
@@ -2613,28 +2595,27 @@ class Handler(http.server.BaseHTTPRequestHandler):
             log(f"{what} from {self.client_address[0]} got {error.status}: {error!s:.300}")
         self._send(error.status, {"status": "error", "msg": str(error)}, headers=error.headers)
 
-    def _send(
-        self, status: int, answer: Mapping[str, Any] | bytes, kind: str = "application/json",
-        headers: Headers = (), framing: str = "",
-    ) -> None:  # fmt: skip
+    def _send(self, status: int, answer: Mapping[str, Any] | bytes, kind: str = "application/json",
+              headers: Headers = (), framing: str = "") -> None:
         # `framing` is the header that says where the body ends, by default with `answer`.
         if not isinstance(answer, bytes):
             answer = (encode_answer(answer) + "\n").encode("utf-8", "backslashreplace")
-        self.close_connection = self.close_connection or not self.is_read
+        self.close_connection = self.close_connection or self.length != 0
         lines = [
             f"HTTP/1.1 {status} {self.responses[status][0]}", f"Content-Type: {kind}",
             framing or f"Content-Length: {len(answer)}", f"Date: {self.date_time_string()}",
             "Cache-Control: no-store", "X-Content-Type-Options: nosniff",
             f"Connection: {'close' if self.close_connection else 'keep-alive'}",
             *(f"{name}: {value}" for name, value in headers), "\r\n",
-        ]  # fmt: skip
+        ]
         head = "\r\n".join(lines).encode("latin-1", "replace")
-        self.wfile.write(head if self.command == "HEAD" else head + answer)
+        self.request.sendall(head if self.command == "HEAD" else head + answer)
 
     def _pause(self, seconds: float) -> None:
+        # A client that goes meanwhile, or a stop or reload, cuts the answer.
         poll = select.poll()
         poll.register(self.request, select.POLLRDHUP)
-        if poll.poll(seconds * 1000):
+        if poll.poll(seconds * 1000) or self.server.is_draining:
             raise ConnectionAbortedError
 
     def _send_log(self, query: str, identifier: str, stream: str) -> None:
@@ -2644,13 +2625,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
         with open_log(path) as file:
             size = os.fstat(file.fileno()).st_size
             start = tail_start(file, size, asked["tail"]) if "tail" in asked else 0
-            if not asked.get("follow") or self.is_old:  # HTTP/1.0 has no chunks
-                wanted = "" if "tail" in asked else self.headers.get("range", "")
-                self._send_part(file, start, size, wanted)
+            # HTTP/1.0 has no chunks.
+            if not asked.get("follow") or self.command == "HEAD" or self.is_old:
+                self._send_part(file, start, size,
+                                "" if "tail" in asked else self.headers.get("range", ""))
                 return
-        self._send(200, b"", TEXT_TYPE, (), "Transfer-Encoding: chunked")
-        if self.command != "HEAD":
-            self._follow(path, identifier, start)
+        self._follow(path, identifier, start)
 
     def _send_part(self, file: IO[bytes], start: int, size: int, wanted: str) -> None:
         status, end, headers = 200, size, [("Accept-Ranges", "bytes")]
@@ -2660,44 +2640,46 @@ class Handler(http.server.BaseHTTPRequestHandler):
             start = int(first) if first else max(0, size - int(last or 0))
             end = min(size, int(last) + 1) if first and last else size
             if start >= end:
-                headers = [("Content-Range", f"bytes */{size}")]
-                raise ScrapyDoError(f"the log has {size} bytes; nothing is there", 416, headers)
+                raise ScrapyDoError(f"the log has {size} bytes; nothing is there", 416,
+                                    [("Content-Range", f"bytes */{size}")])
             status = 206
             headers.append(("Content-Range", f"bytes {start}-{end - 1}/{size}"))
         self._send(status, b"", TEXT_TYPE, headers, f"Content-Length: {end - start}")
-        self.request.settimeout(self.server.rules.request_timeout)  # `sendfile` wants Python's own
-        if self.command == "HEAD" or start == end:
-            return
-        if self.request.sendfile(file, start, end - start) < end - start:
-            raise ConnectionAbortedError  # the log was cut short, so no more will come
+        if self.command == "GET" and start < end:
+            self.request.settimeout(self.server.rules.request_timeout)  # or `sendfile` is slow
+            if self.request.sendfile(file, start, end - start) < end - start:
+                raise ConnectionAbortedError  # the log was cut short, so no more will come
 
     def _follow(self, path: Path, identifier: str, start: int) -> None:
-        # When the daemon stops or reloads before the end, the answer is cut: the client can tell.
-        while True:
+        # An answer that is cut has no last chunk, so the client can tell.
+        self._send(200, b"", TEXT_TYPE, (), "Transfer-Encoding: chunked")
+        piece, is_over = b"", False
+        while piece or not is_over:
             is_over = not self.server.daemon.is_logging(identifier)  # asked before the log is read
             with open_log(path) as file:
                 # A log that has become shorter is new.
                 file.seek(start if start <= os.fstat(file.fileno()).st_size else 0)
                 piece = file.read(CHUNK_BYTES)
                 start = file.tell()
-            if piece or is_over:
-                self.wfile.write(b"%x\r\n%b\r\n" % (len(piece), piece))
-            if is_over and not piece:  # an empty chunk is the end
-                return
-            if not is_over and (self.server.daemon.is_closing or self.server.is_draining):
-                raise ConnectionAbortedError
-            if not piece:
+            if piece or is_over:  # an empty chunk is the last
+                self.request.sendall(b"%x\r\n%b\r\n" % (len(piece), piece))
+            else:
                 self._pause(FOLLOW_SECONDS)
+
+
+_FULL_ANSWER = (
+    b"HTTP/1.1 503 Service Unavailable\r\nConnection: close\r\nContent-Length: 123\r\n"
+    b"Content-Type: application/json\r\n\r\n"
+    b'{"status": "error", "msg": "there are too many connections, or no room for a thread; ask'
+    b' later, or see --max-connections"}\n'
+)
 
 
 class Server(http.server.ThreadingHTTPServer):
     """Accept connections, each of which gets a thread."""
 
-    block_on_close = False  # so that socketserver keeps no list of all threads
-
     def __init__(self, listening: socket.socket, daemon: Daemon, rules: Rules):
-        """Take the connections of a socket that listens."""
-        # What server_bind would do asks DNS for a name.
+        # `server_bind` would ask DNS for a name.
         super().__init__(listening.getsockname()[:2], Handler, bind_and_activate=False)
         self.socket.close()
         self.socket = listening
@@ -2717,48 +2699,47 @@ class Server(http.server.ThreadingHTTPServer):
 
     def serve_until(self, signals: socket.socket) -> bytes:
         """Serve until something can be read from `signals`, and return that."""
-        poll = select.poll()
-        poll.register(self.socket, select.POLLIN)
-        poll.register(signals, select.POLLIN)
-        while signals.fileno() not in dict(poll.poll()):
+        while signals not in select.select([self.socket, signals], [], [])[0]:
             self._accept()
         return signals.recv(CHUNK_BYTES)
 
     def _accept(self) -> None:
         try:
             request, address = self.get_request()
-        except (BlockingIOError, ConnectionError):  # the client has gone at once
-            return
         except OSError as error:
             log(f"no connection can be accepted: {error.strerror}")
             time.sleep(PLACE_SECONDS)
             return
         try:
             if self.rules.tls:
+                request.settimeout(self.rules.request_timeout)  # it ignores the inherited timeout
                 request = self.rules.tls.wrap_socket(
                     request, server_side=True, do_handshake_on_connect=False)
             self._make_room()
             self.connections[request] = None
-            self.process_request(request, address)
-        except (OSError, RuntimeError, ScrapyDoError) as error:  # RuntimeError: no thread
-            self._turn_away(request, str(error))
+            if not self._idle.acquire(blocking=False):  # to start another takes long
+                threading.Thread(target=self._run, name="http", daemon=True).start()
+            self._work.put((request, address))
+        except (OSError, RuntimeError):  # no room, or no thread
+            with contextlib.suppress(OSError):
+                request.settimeout(0)
+                request.send(_FULL_ANSWER)
+            self.shutdown_request(request)
 
-    def _turn_away(self, request: socket.socket, reason: str) -> None:
-        body = encode_json({"status": "error", "msg": reason}) + "\n"
-        head = (
-            "HTTP/1.1 503 Service Unavailable\r\nConnection: close\r\n"
-            f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
-        )
-        with contextlib.suppress(OSError):
-            request.settimeout(0)
-            request.send((head + body).encode())
-        self.shutdown_request(request)
-
-    def process_request(self, request: Any, client_address: Any) -> None:
-        """Have an idle thread take a connection: to start one takes longer than an answer."""
-        if not self._idle.acquire(blocking=False):
-            threading.Thread(target=self._run, name="http", daemon=True).start()
-        self._work.put((request, client_address))
+    def _make_room(self) -> None:
+        # The connection that is idle for longest gives way, first of those without a password.
+        end = time.monotonic() + GRACE_SECONDS
+        while len(self.connections) >= self.rules.max_connections:
+            first = min(filter(None, list(self.connections.values())), default=None,
+                        key=lambda handler: (handler.is_known, handler.idle_since))
+            if first and (not first.is_known or first.idle_since < time.monotonic()):
+                self.connections.pop(first.request, None)
+                with contextlib.suppress(OSError):
+                    first.request.shutdown(socket.SHUT_RDWR)
+            elif time.monotonic() > end:
+                raise TimeoutError
+            else:
+                time.sleep(PLACE_SECONDS)
 
     def _run(self) -> None:
         while True:
@@ -2766,47 +2747,26 @@ class Server(http.server.ThreadingHTTPServer):
             self._idle.release()
 
     def shutdown_request(self, request: Any) -> None:
-        """Close a connection and forget it; see `Handler.finish`."""
         self.connections.pop(request, None)
         self.close_request(request)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Log why a connection has ended, unless the client has gone."""
-        if not isinstance(sys.exc_info()[1], OSError):
+        if not isinstance(sys.exc_info()[1], OSError):  # of which those are that a client has gone
             log_crash("a connection")
 
-    def _make_room(self) -> None:
-        # The connection that is idle for longest gives way, first of those without a password.
-        end = time.monotonic() + GRACE_SECONDS
-        while len(self.connections) >= self.rules.max_connections:
-            handlers = [handler for handler in list(self.connections.values()) if handler]
-            first = min(handlers, key=lambda h: (h.is_known, h.idle_since), default=None)
-            grace = GRACE_SECONDS / 2 if first and first.is_known else 0.0
-            if first and time.monotonic() - first.idle_since > grace:
-                self.connections.pop(first.request, None)
-                with contextlib.suppress(OSError):
-                    first.request.shutdown(socket.SHUT_RDWR)
-            elif time.monotonic() > end:
-                raise Unavailable("too many connections; ask later, or see --max-connections")
-            else:
-                time.sleep(PLACE_SECONDS)
-
     def drain(self, seconds: float) -> None:
-        """Wait for the requests that are being answered, but no longer than so many seconds.
+        """Wait for the requests that are being answered, or on the way of a new connection.
 
-        A connection that was just accepted has a request on its way.
+        It takes no longer than so many seconds.
         """
         self.is_draining = True
         end = time.monotonic() + seconds
-        while time.monotonic() < end and any(map(is_busy, list(self.connections.values()))):
+        while (now := time.monotonic()) < end and any(
+            handler is None or handler.idle_since > now
+            for handler in list(self.connections.values())
+        ):
             time.sleep(PLACE_SECONDS)
         self.is_draining = False
-
-
-def is_busy(handler: Handler | None) -> bool:
-    """Tell whether a connection has a request that is being answered, or on its way."""
-    grace = 0.0 if handler and handler.command else GRACE_SECONDS
-    return handler is None or time.monotonic() - handler.idle_since < grace
 
 
 # ---- 8. Command line -------------------------------------------------------------------------
