@@ -2068,7 +2068,7 @@ def memory_usage(tenth: int) -> float:
 
 # ---- 7. HTTP ---------------------------------------------------------------------------------
 
-LINE_BYTES = 8 * 1024  # the longest line of a request's head; others have this limit as well
+LINE_BYTES = 8 * 1024  # the longest line of a head; other servers have this limit as well
 BODY_BYTES_PER_SECOND = 10 * 1024  # the least rate of an upload: a slow telephone's
 LINGER_SECONDS = 2.0  # for the rest of a refused body, so that the client gets to see the answer
 GRACE_SECONDS = 0.5  # in which a client that has connected may send its request undisturbed
@@ -2247,7 +2247,7 @@ class Guard:
 
 # A body is a file, on the disk if it has an archive: that may be large, and is read in pieces.
 
-Field = tuple[str, Iterable[bytes]]  # the name, and the value in pieces
+_Field = tuple[str, Iterable[bytes]]  # the name, and the value in pieces
 
 
 def _cut(file: IO[bytes], start: int, end: int) -> bytes:
@@ -2267,7 +2267,7 @@ def _as_text(data: bytes, what: str) -> str:
         raise BadRequest(f"{what} is not UTF-8") from None
 
 
-def _query_fields(data: bytes) -> Iterator[Field]:
+def _query_fields(data: bytes) -> Iterator[_Field]:
     # A value may be binary, and a stray % stays.
     for field in re.finditer(b"[^&]+", data):
         name, _, value = field[0].replace(b"+", b" ").partition(b"=")
@@ -2292,20 +2292,20 @@ def _find(line: bytes, file: IO[bytes], at: int) -> tuple[int, int, bool]:
                      " Content-Type lack the boundary?")
 
 
-def _multipart_fields(file: IO[bytes], boundary: str) -> Iterator[Field]:
+def _multipart_fields(file: IO[bytes], boundary: str) -> Iterator[_Field]:
     # See RFC 7578.
     line = rb"--%b(--|[ \t]{0,64}\r\n)" % re.escape(boundary.encode("latin-1"))
     _, at, is_last = _find(rb"\A" + line, file, 0)
     while not is_last:
         file.seek(at)
-        names = _parameters_of(read_headers(file).get("content-disposition", ""))
+        names = _parameters_of(_read_headers(file).get("content-disposition", ""))
         name = names.get("name", "(no name)").encode("latin-1").decode("utf-8", "replace")
         start = file.tell()
         end, at, is_last = _find(rb"\r\n" + line, file, start)
         yield name, _pieces(file, start, end)
 
 
-def _json_fields(data: bytes, repeatable: Collection[str]) -> Iterator[Field]:
+def _json_fields(data: bytes, repeatable: Collection[str]) -> Iterator[_Field]:
     # The members of an object; repeatable ones may be lists.
     try:
         members = dict(**json.loads(_as_text(data, "the JSON body"), object_pairs_hook=_unique))
@@ -2327,7 +2327,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return dict(pairs)
 
 
-def _body_fields(file: IO[bytes], headers: Mapping[str, str], route: Route) -> Iterator[Field]:
+def _body_fields(file: IO[bytes], headers: Mapping[str, str], route: _Route) -> Iterator[_Field]:
     # By the type of the body. Only multipart/form-data is not read as a whole.
     kind, _, rest = headers.get("content-type", "").partition(";")
     kind = kind.strip().lower()
@@ -2344,32 +2344,29 @@ def _body_fields(file: IO[bytes], headers: Mapping[str, str], route: Route) -> I
                         f" -d) or JSON (curl --json), as in {PUSH_CALL}", 415)
 
 
-class Route(NamedTuple):
-    """An endpoint: the function that answers, and its parameters."""
-
+class _Route(NamedTuple):
     name: str
-    answer: Callable[..., dict[str, Any]]
+    answer: Callable[..., dict[str, Any]]  # with these parameters
     required: tuple[str, ...] = ()
     optional: tuple[str, ...] = ()
     repeatable: tuple[str, ...] = ()  # of those
     is_post: bool = False
 
     def __str__(self) -> str:
-        known = self.required + self.optional
-        shown = [f"{name} (repeatable)" if name in self.repeatable else name for name in known]
+        shown = [f"{name} (repeatable)" if name in self.repeatable else name
+                 for name in self.required + self.optional]
         return f"its parameters are {', '.join(shown)}" if shown else "it has no parameters"
 
-    def check(self, fields: Iterable[Field]) -> dict[str, Any]:
-        """Return values by name: text, a list of texts, or an archive. Raise ScrapyDoError."""
-        known = self.required + self.optional
+    def check(self, fields: Iterable[_Field]) -> dict[str, Any]:
+        # Return values by name: a text, where repeatable a list of texts, an archive in pieces.
         values: dict[str, Any] = {}
         for count, (name, value) in enumerate(fields, 1):
             if count > 1000:  # a crawl's command has no room for more
                 raise TooLarge("a request may have 1000 parameters")
-            if name not in known:
-                raise BadRequest(
-                    f"{self.name} has no parameter {quoted(name)}; {self}; with curl, JSON needs"
-                    " --json, a file -F NAME=@FILE, a value with '&' or '+' --data-urlencode")
+            if name not in self.required + self.optional:
+                raise BadRequest(f"{self.name} has no parameter {quoted(name)}; {self}; with curl,"
+                                 " JSON needs --json, a file -F NAME=@FILE, a value with '&' or '+'"
+                                 " --data-urlencode")
             if name in values and name not in self.repeatable:
                 raise BadRequest(f"the parameter {quoted(name)} is given twice; {self}")
             kept = value if name == "archive" else _as_text(b"".join(value), f"parameter '{name}'")
@@ -2379,10 +2376,9 @@ class Route(NamedTuple):
         return values
 
 
-def read_headers(reader: IO[bytes]) -> dict[str, str]:
-    """Return headers by lower-case name, up to the empty line. Raise ScrapyDoError."""
-    # The reader of http.server is made for mail, and could let a second request be smuggled in: it
-    # splits lines at a bare CR, and stops at a line that it does not understand.
+def _read_headers(reader: IO[bytes]) -> dict[str, str]:
+    # By lower-case name. The reader of http.server is made for mail and could let a second request
+    # in: it splits lines at a bare CR, and stops at one that it does not understand.
     headers: dict[str, str] = {}
     while (line := reader.readline(LINE_BYTES)) not in (b"\r\n", b"\n"):
         match = HEADER_LINE.fullmatch(line)
@@ -2395,8 +2391,8 @@ def read_headers(reader: IO[bytes]) -> dict[str, str]:
     return headers
 
 
-def body_length(headers: Mapping[str, str]) -> int | None:
-    """Return how long a body is, None for a chunked one. Raise ScrapyDoError if it is unclear."""
+def _body_length(headers: Mapping[str, str]) -> int | None:
+    # None stands for a chunked body.
     coding, length = headers.get("transfer-encoding"), headers.get("content-length", "0")
     if coding is None and re.fullmatch("[0-9]{1,18}", length):
         return int(length)
@@ -2407,23 +2403,22 @@ def body_length(headers: Mapping[str, str]) -> int | None:
 
 
 ROUTES = {f"/{route.name}": route for route in (
-    Route("status.json", Daemon.status),
-    Route("list-projects.json", Daemon.list_projects),
-    Route("list-spiders.json", Daemon.list_spiders, ("project",)),
-    Route("list-jobs.json", Daemon.list_jobs, (),
+    _Route("status.json", Daemon.status),
+    _Route("list-projects.json", Daemon.list_projects),
+    _Route("list-spiders.json", Daemon.list_spiders, ("project",)),
+    _Route("list-jobs.json", Daemon.list_jobs, (),
           ("status", "id", "project", "spider", "scheduled_by", "limit")),
-    Route("push-project.json", Daemon.push, ("archive",), is_post=True),
-    Route("schedule-job.json", Daemon.schedule, ("project", "spider", "when"),
+    _Route("push-project.json", Daemon.push, ("archive",), is_post=True),
+    _Route("schedule-job.json", Daemon.schedule, ("project", "spider", "when"),
           ("description", "payload", "timeout", "priority", "items", "arg", "setting"),
           ("spider", "arg", "setting"), is_post=True),
-    Route("cancel-job.json", Daemon.cancel, (), ("id", "project", "spider"), is_post=True),
-    Route("remove-project.json", Daemon.remove, ("name",), is_post=True),
+    _Route("cancel-job.json", Daemon.cancel, (), ("id", "project", "spider"), is_post=True),
+    _Route("remove-project.json", Daemon.remove, ("name",), is_post=True),
 )}
-LOG_ROUTE = Route("get-log", Daemon.status, (), ("follow", "tail"))
+LOG_ROUTE = _Route("get-log", Daemon.status, (), ("follow", "tail"))
 
 
-def tail_start(file: IO[bytes], size: int, lines: int) -> int:
-    """Return where the last lines of a file begin."""
+def _tail_start(file: IO[bytes], size: int, lines: int) -> int:
     for start in reversed(range(0, size, CHUNK_BYTES)):
         # The line feed at the very end begins no other line.
         block = _cut(file, start, min(start + CHUNK_BYTES, size - 1))
@@ -2497,10 +2492,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
             raise BadRequest("this is not a request line of HTTP/1.1, like GET /status.json")
         self.command, self.path = match[1].decode(), match[2].decode("latin-1")
         self.is_old = match[3] == b"0"
-        self.headers = read_headers(self.rfile)
+        self.headers = _read_headers(self.rfile)
         if "," in self.headers.get("host", "" if self.is_old else ","):
             raise BadRequest("there must be one Host header")
-        self.length = body_length(self.headers)
+        self.length = _body_length(self.headers)
         self.close_connection = self.is_old or "close" in self.headers.get("connection", "").lower()
         self.server.guard.check(self)
         self.is_known = True
@@ -2536,7 +2531,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     do_HEAD = do_POST = do_PUT = do_DELETE = do_PATCH = do_OPTIONS = do_GET
 
-    def _parameters(self, route: Route, query: str) -> dict[str, Any]:
+    def _parameters(self, route: _Route, query: str) -> dict[str, Any]:
         if not route.is_post:
             return route.check(_query_fields(query.encode("latin-1")))
         if query:
@@ -2586,7 +2581,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if match is None:
             raise BadRequest("the chunked body is broken")
         if not (size := int(match[1], 16)):
-            read_headers(self.rfile)  # of the trailer, which means nothing here
+            _read_headers(self.rfile)  # of the trailer, which means nothing here
         return size
 
     def _refuse(self, error: ScrapyDoError) -> None:
@@ -2624,7 +2619,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         path = self.server.daemon.log_path(identifier, stream)
         with open_log(path) as file:
             size = os.fstat(file.fileno()).st_size
-            start = tail_start(file, size, asked["tail"]) if "tail" in asked else 0
+            start = _tail_start(file, size, asked["tail"]) if "tail" in asked else 0
             # HTTP/1.0 has no chunks.
             if not asked.get("follow") or self.command == "HEAD" or self.is_old:
                 self._send_part(file, start, size,
