@@ -1852,85 +1852,50 @@ def _ask_system(tenth: int) -> dict[str, Any]:
 
 # ---- 7. HTTP ---------------------------------------------------------------------------------
 
-LINE_BYTES = 8 * 1024  # the longest line of a request's head; others have this limit as well
+LINE_BYTES = 8 * 1024  # the longest line of a head; other servers have this limit as well
 BODY_BYTES_PER_SECOND = 10 * 1024  # the least rate of an upload: a slow telephone's
 LINGER_SECONDS = 2.0  # for the rest of a refused body, so that the client gets to see the answer
-GRACE_SECONDS = 1.0  # in which a client that has connected may send its request undisturbed
+GRACE_SECONDS = 0.5  # in which a client that has connected may send its request undisturbed
 PLACE_SECONDS = 0.01  # between looks for a place, or a descriptor, for a new connection
 FOLLOW_SECONDS = 0.2  # between looks at a log that is followed
 PENALTY_SECONDS = 1.0  # before a wrong password is answered: slow guessing down
 NONCE_SECONDS = 300  # until there is another Digest nonce; clients fetch it by themselves
 NONCE_USES = 10_000  # until there is another: each use is remembered
+ALGORITHMS = ("SHA-256", "MD5")  # of Digest, the best first
 TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"  # RFC 9110, section 5.6.2
 REQUEST_LINE = re.compile(rb"(%s) (/[!-~\x80-\xff]*) HTTP/1\.([0-9])\r\n" % TOKEN)
 HEADER_LINE = re.compile(rb"(%s):([^\0\r\n]*)\r\n" % TOKEN)
-CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;[^\0\r\n]*)?\r\n")
-PARAMETER = re.compile(r'(?<![\w*-])([\w-]+)=(?:"((?:[^"\\]|\\.)*)"|([^\s,;"]*))', re.ASCII)
+CHUNK_LINE = re.compile(rb"\r\n([0-9A-Fa-f]{1,15})[ \t]*(?:;[^\0\r\n]*)?\r\n")
 LOG_PATH = re.compile(rf"/get-log/data/({JOB_PATTERN.pattern})\.(out|err)")
 TEXT_TYPE = "text/plain; charset=utf-8"
-PAGE_HEADERS = [  # nothing from elsewhere, and no frame around it, whose owner could lead a click
-    ("Content-Security-Policy", "default-src 'none'; connect-src 'self'; "
-     "script-src 'unsafe-inline'; style-src 'unsafe-inline'; base-uri 'none'; "
-     "form-action 'none'; frame-ancestors 'none'"),
-]  # fmt: skip
+PAGE_HEADERS = [("Content-Security-Policy",  # nothing from elsewhere, nor a frame that leads clicks
+                 "default-src 'none'; connect-src 'self'; script-src 'unsafe-inline'; style-src "
+                 "'unsafe-inline'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'")]
 Headers = Sequence[tuple[str, str]]
 
 
-class WrongPassword(ScrapyDoError):
-    """Refuse a user who is unknown or has another password; the answer waits for a while."""
-
-
-class Tls:
-    """The certificate of the server, read again when its files have changed."""
-
-    def __init__(self, certificate: Path, key: Path | None, password_file: Path | None):
-        """Read the files; the key may be in `certificate`. Raise ScrapyDoError if that fails."""
-        self._files, self._password_file = (certificate, key or certificate), password_file
-        self._load()
-
-    def _stamps(self) -> list[int]:
-        return [os.path.exists(path) and os.stat(path).st_mtime_ns for path in self._files]
-
-    def _load(self) -> None:
-        self._seen = self._stamps()
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        file = self._password_file
-        try:
-            password = file.read_text("utf-8").rstrip("\r\n") if file else ""
-            # Without a function OpenSSL would ask the terminal for the password.
-            context.load_cert_chain(*self._files, lambda: password)
-        except (OSError, ValueError) as error:
-            files = ", ".join(dict.fromkeys(str(path) for path in (*self._files, file) if path))
-            raise ScrapyDoError(f"the certificate cannot be used: {error}; check {files}") from None
-        self._context = context
-
-    def wrap(self, connection: socket.socket) -> socket.socket:
-        """Return a connection that shakes hands when it is read. Raise OSError if that fails."""
-        if self._stamps() != self._seen:
-            try:
-                self._load()
-                log("the renewed certificate is in use")
-            except ScrapyDoError as error:
-                log(f"{error}; the former certificate stays in use")
-        return self._context.wrap_socket(
-            connection, server_side=True, do_handshake_on_connect=False
-        )
+def load_certificate(certificate: Path, key: Path | None) -> ssl.SSLContext:
+    """Return a context for TLS; the key may be in `certificate`. Raise ScrapyDoError."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    try:
+        context.load_cert_chain(certificate, key, "")  # None would ask the terminal for a password
+    except (OSError, ValueError) as error:
+        raise ScrapyDoError(
+            f"the certificate in {certificate} cannot be used with the key in {key or certificate}:"
+            f" {error}; a password of the key goes by openssl pkey -in KEY -out NEW") from None
+    return context
 
 
 def read_users(path: Path) -> dict[str, str]:
-    """Return the passwords by user of a file with a line USER:PASSWORD each.
-
-    Raise ScrapyDoError with the fault. Its group may read it: so mounted secrets come.
-    """
+    """Return passwords by user, from a file with a line for each. Raise ScrapyDoError."""
     try:
-        mode, lines = path.stat().st_mode, path.read_text("utf-8").split("\n")
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", "it is not UTF-8")
-        raise ScrapyDoError(f"{path}, given by --auth-file, cannot be read: {reason}") from None
-    if mode & (stat.S_IRWXO | stat.S_IWGRP):
+        mode, data = path.stat().st_mode, path.read_bytes()
+    except OSError as error:
+        raise ScrapyDoError(f"the --auth-file {path} cannot be read: {error.strerror}") from None
+    if mode & (stat.S_IRWXO | stat.S_IWGRP):  # the group may read it, as with mounted secrets
         raise ScrapyDoError(f"others may use the passwords: run 'chmod g-w,o-rwx {path}'")
     users: dict[str, str] = {}
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(_as_text(data, f"the --auth-file {path}").split("\n"), 1):
         name, _, password = line.partition(":")
         if line.strip() and (not name or not password or name in users):
             raise ScrapyDoError(f"line {number} of {path} is not USER:PASSWORD, of a new user")
@@ -1941,44 +1906,49 @@ def read_users(path: Path) -> dict[str, str]:
     return users
 
 
-def parameters_of(text: str) -> dict[str, str]:
-    """Return the parameters in a header's value by lower-case name, RFC 9110 section 5.6.6."""
-    found = PARAMETER.finditer(text)
+def _parameters_of(text: str) -> dict[str, str]:
+    # By lower-case name, from the value of a header, RFC 9110 section 5.6.6.
+    found = re.finditer(r'(?a)(?<![\w*-])([\w-]+)=(?:"((?:[^"\\]|\\.)*)"|([^\s,;"]*))', text)
     return {m[1].lower(): re.sub(r"\\(.)", r"\1", m[2] or m[3] or "") for m in found}
 
 
-ALGORITHMS = {"SHA-256": "sha256", "MD5": "md5"}  # as Digest and hashlib name them
-
-
-def digest_of(algorithm: str, *texts: str) -> str:
-    """Return the hexadecimal digest of texts joined by colons."""
-    return hashlib.new(algorithm, ":".join(texts).encode(), usedforsecurity=False).hexdigest()
+def _proofs(fields: Mapping[str, str], method: str, users: Mapping[str, str]) -> list[str]:
+    # What the response of a Digest should be, RFC 7616; nothing for an algorithm that is not known.
+    algorithm = fields.get("algorithm", "MD5").upper()
+    if algorithm not in ALGORITHMS:
+        return []
+    def digest(*texts: str) -> str:
+        return hashlib.new(algorithm.replace("-", ""), ":".join(texts).encode(),
+                           usedforsecurity=False).hexdigest()
+    uri, *counted = (fields.get(name, "") for name in ("uri", "nonce", "nc", "cnonce", "qop"))
+    user = fields.get("username", "").encode("latin-1").decode("utf-8", "replace")
+    # A user who does not exist costs the same time as one who does.
+    known = digest(user, "scrapy-do", users.get(user, os.urandom(9).hex()))
+    return [digest(known, *counted, digest(method, uri))]
 
 
 class Guard:
     """Refuse what a foreign web page asks a browser for, and who lacks a password.
 
-    For Digest there are two nonces, each with the proofs of a password that have come with it: who
-    listens to a request can so not send it again, or another body with its header.
+    For Digest there are two nonces, each with the proofs of a password that have come with it, so
+    that who listens cannot send a request again, nor another body with its header.
     """
 
     def __init__(self, rules: argparse.Namespace):
         name = socket.gethostname().lower()
         self._aliases = {host.lower() for host in rules.allow_host}
-        self._names = {"localhost", name, name.partition(".")[0]}
-        self._names |= {host.partition(":")[0] for host in self._aliases}
+        self._names = {"localhost", name, name.partition(".")[0],
+                       *(host.partition(":")[0] for host in self._aliases)}
         self._users, self._is_tls = rules.users, rules.tls is not None
-        self._nonces: dict[str, dict[str, object]] = {os.urandom(16).hex(): {}}
-        self._renewed = time.monotonic()  # when the newest was made
+        # When each was made, and the proofs.
+        self._nonces = {os.urandom(16).hex(): (time.monotonic(), dict[str, object]())}
 
     def check(self, request: Handler) -> None:
-        """Raise ScrapyDoError if a request is refused."""
+        """Raise ScrapyDoError if a request is refused; a wrong password costs a while."""
         host = request.headers.get("host", "localhost").lower()  # only HTTP/1.0 may lack it
         if not self._is_own(host):
-            raise Forbidden(
-                f"{quoted(host)} is not a name of this machine; if it should be, start with"
-                " --allow-host NAME"
-            )
+            raise Forbidden(f"{quoted(host)} is not a name of this machine; if it should be, start"
+                            " with --allow-host NAME")
         if request.command not in ("GET", "HEAD"):
             self._check_page(host, request.headers)
         if self._users is not None:
@@ -1994,166 +1964,127 @@ class Guard:
         return False
 
     def _check_page(self, host: str, headers: Mapping[str, str]) -> None:
-        origin = headers.get("origin", f"https://{host}")
-        scheme, _, place = origin.lower().partition("://")
+        origin = headers.get("origin", f"https://{host}").lower()
+        scheme, _, place = origin.partition("://")
         schemes = ("https",) if self._is_tls else ("https", "http")
-        site = headers.get("sec-fetch-site", "none")
-        is_own = scheme in schemes and place in (host, *self._aliases)
-        if not is_own or site not in ("same-origin", "none"):
-            raise Forbidden(
-                f"a page of {quoted(origin)} must not change anything at {quoted(host)}; if the"
-                " page is the daemon's, a proxy must keep it ('proxy_set_header Host $http_host'"
-                f" in nginx), or start with --allow-host {place[:100] or 'NAME'}"
-            )
+        if (scheme not in schemes or place not in (host, *self._aliases)
+                or headers.get("sec-fetch-site", "none") not in ("same-origin", "none")):
+            raise Forbidden(f"a page of {quoted(origin)} must not change anything at "
+                            f"{quoted(host)}; if it is the daemon's, a proxy must keep the Host "
+                            "('proxy_set_header Host $http_host' in nginx), or start with "
+                            f"--allow-host {place[:100] or 'NAME'}")
 
     def _check_user(self, request: Handler, users: Mapping[str, str]) -> None:
         self._renew_nonce()
         scheme, _, rest = request.headers.get("authorization", "").partition(" ")
-        if scheme.lower() == "digest":
-            self._check_digest(request, parameters_of(rest), users)
-        elif scheme.lower() != "basic" or not self._is_tls:
-            raise ScrapyDoError(
-                "a user and a password are wanted here: curl --anyauth -u NAME; Basic is taken"
-                " over TLS only", 401, self._challenges(),
-            )  # fmt: skip
+        kind, fields = scheme.lower(), _parameters_of(rest)
+        if kind == "digest":
+            given = fields.get("response", "").lower()
+            wanted = _proofs(fields, request.command, users)
+        elif kind == "basic" and self._is_tls:
+            given = rest.strip()
+            wanted = [base64.b64encode(f"{name}:{users[name]}".encode()).decode() for name in users]
         else:
-            known = [base64.b64encode(f"{name}:{users[name]}".encode()) for name in users]
-            if not any(hmac.compare_digest(rest.strip().encode(), login) for login in known):
-                raise WrongPassword("the user or the password is wrong", 401, self._challenges())
+            raise self._challenge("a user and a password are wanted here: curl --anyauth -u NAME;"
+                                  " Basic is taken over TLS only")
+        if not any(hmac.compare_digest(given.encode(), proof.encode()) for proof in wanted):
+            log(f"{request.command} {request.path:.100} from {request.client_address[0]} got 401:"
+                " the user or the password is wrong")
+            request._pause(PENALTY_SECONDS)
+            raise self._challenge("the user or the password is wrong")
+        if kind == "basic":
+            return
 
-    def _check_digest(
-        self, request: Handler, fields: Mapping[str, str], users: Mapping[str, str]
-    ) -> None:
-        # See RFC 7616.
-        algorithm = ALGORITHMS.get(fields.get("algorithm", "MD5").upper())
-        digest = functools.partial(digest_of, algorithm or "md5")
-        names = ("uri", "response", "nonce", "nc", "cnonce", "qop")
-        uri, given, nonce, *counted = (fields.get(name, "") for name in names)
-        user = fields.get("username", "").encode("latin-1").decode("utf-8", "replace")
-        # A user who does not exist costs the same time as one who does.
-        known = digest(user, "scrapy-do", users.get(user, os.urandom(9).hex()))
-        proof = digest(known, nonce, *counted, digest(request.command, uri))
-        if not algorithm or not hmac.compare_digest(given.lower().encode(), proof.encode()):
-            raise WrongPassword("the user or the password is wrong", 401, self._challenges())
         use = object()
-        uses = self._nonces.get(nonce, {proof: None})
-        if uses.setdefault(proof, use) is not use:  # atomic, so one of two at once is the first
-            raise ScrapyDoError(
-                "the nonce is too old, or this request has come before; ask again", 401,
-                self._challenges(", stale=true"),
-            )  # fmt: skip
-        if uri != request.path:
-            raise BadRequest(
-                f"Digest is for {quoted(uri)}, not {quoted(request.path)}: a proxy has changed"
-                " the path; let the proxy keep the path, or check the passwords itself"
-            )
+        _, uses = self._nonces.get(fields.get("nonce", ""), (0.0, {given: None}))
+        if uses.setdefault(given, use) is not use:  # atomic, so one of two at once is the first
+            raise self._challenge(
+                "the nonce is too old, or this request has come before; ask again", ", stale=true")
+        if (uri := fields.get("uri", "")) != request.path:
+            raise BadRequest(f"Digest is for {quoted(uri)}, not {quoted(request.path)}: a proxy has"
+                             " changed the path; let it keep the path, or check the passwords")
 
     def _renew_nonce(self) -> None:
         # The one before the newest is still taken, older ones are not.
-        newest, uses = list(self._nonces.items())[-1]
-        if time.monotonic() - self._renewed >= NONCE_SECONDS or len(uses) >= NONCE_USES:
-            self._nonces = {newest: uses, os.urandom(16).hex(): {}}
-            self._renewed = time.monotonic()
+        newest, (made, uses) = list(self._nonces.items())[-1]
+        now = time.monotonic()
+        if now - made >= NONCE_SECONDS or len(uses) >= NONCE_USES:
+            self._nonces = {newest: (made, uses), os.urandom(16).hex(): (now, {})}
 
-    def _challenges(self, more: str = "") -> Headers:
-        start = f'Digest realm="scrapy-do", nonce="{list(self._nonces)[-1]}", qop="auth"'
-        ways = [f"{start}, charset=UTF-8{more}, algorithm={name}" for name in ALGORITHMS]
+    def _challenge(self, message: str, more: str = "") -> ScrapyDoError:
+        ways = [f'Digest realm="scrapy-do", nonce="{list(self._nonces)[-1]}", qop="auth"'
+                f", charset=UTF-8, algorithm={name}{more}" for name in ALGORITHMS]
         ways += ['Basic realm="scrapy-do", charset="UTF-8"'] * self._is_tls
-        return [("WWW-Authenticate", way) for way in ways]
+        return ScrapyDoError(message, 401, [("WWW-Authenticate", way) for way in ways])
 
 
-# A body is a file, on the disk if it has an archive, and is read in pieces: it may be large.
+# A body is a file, on the disk if it has an archive: that may be large, and is read in pieces.
 
-BODY_BYTES = MIB  # the longest body without an archive
-MARK_BYTES = 1024  # the longest mark between fields
-Field = tuple[str, Iterable[bytes]]  # the name, and the value in pieces
-FORM_TYPE = "application/x-www-form-urlencoded"
+_Field = tuple[str, Iterable[bytes]]  # the name, and the value in pieces
 
 
-def cut(file: IO[bytes], start: int, end: int) -> bytes:
-    """Return what a file has between two places."""
+def _cut(file: IO[bytes], start: int, end: int) -> bytes:
     file.seek(start)
     return file.read(end - start)
 
 
-def find(mark: bytes, file: IO[bytes], start: int, end: int) -> tuple[int, int]:
-    """Return where the next match of a pattern begins and ends, (end, end) for none."""
+def _pieces(file: IO[bytes], start: int, end: int) -> Iterator[bytes]:
     for at in range(start, end, CHUNK_BYTES):
-        match = re.search(mark, cut(file, at, min(at + CHUNK_BYTES + MARK_BYTES, end)))
-        if match:
-            return at + match.start(), at + match.end()
-    return end, end
+        yield _cut(file, at, min(at + CHUNK_BYTES, end))
 
 
-def pieces(
-    file: IO[bytes], start: int, end: int, decode: Callable[[bytes], bytes] = bytes
-) -> Iterator[bytes]:
-    """Yield what is between two places, decoded. A %XX is not cut."""
-    while start < end:
-        piece = cut(file, start, min(start + CHUNK_BYTES, end))
-        percent = piece.find(b"%", -2)
-        if start + len(piece) < end and percent >= 0:
-            piece = piece[:percent]
-        yield decode(piece)
-        start += len(piece)
-
-
-def decode_percent(data: bytes) -> bytes:
-    """Return urlencoded bytes decoded; a stray % stays."""
-    return urllib.parse.unquote_to_bytes(data.replace(b"+", b" "))
-
-
-def as_text(data: bytes, what: str) -> str:
-    """Return bytes as text. Raise BadRequest if they are not UTF-8."""
+def _as_text(data: bytes, what: str) -> str:
     try:
         return data.decode()
     except UnicodeDecodeError:
         raise BadRequest(f"{what} is not UTF-8") from None
 
 
-def query_fields(file: IO[bytes]) -> Iterator[Field]:
-    """Yield urlencoded fields; a value may be binary."""
-    size, at = file.seek(0, os.SEEK_END), 0
-    while at < size:
-        end, following = find(rb"&+", file, at, size)
-        if at < end:
-            name, equals, _ = cut(file, at, min(end, at + MARK_BYTES)).partition(b"=")
-            value = pieces(file, at + len(name + equals), end, decode_percent)
-            what = f"the name of a parameter (a file is sent by {PUSH_CALL})"
-            yield as_text(decode_percent(name), what), value
-        at = following
+def _query_fields(data: bytes) -> Iterator[_Field]:
+    # A value may be binary, and a stray % stays.
+    for field in re.finditer(b"[^&]+", data):
+        name, _, value = field[0].replace(b"+", b" ").partition(b"=")
+        what = f"the name of a parameter (a file is sent by {PUSH_CALL})"
+        yield _as_text(urllib.parse.unquote_to_bytes(name[:999]), what), _unquoted(value)
 
 
-def multipart_fields(file: IO[bytes], boundary: str) -> Iterator[Field]:
-    """Yield `multipart/form-data`, RFC 7578; only a whole line with the boundary ends a part."""
-    size = file.seek(0, os.SEEK_END)
-    line = rb"--%b(?:--|[ \t]{0,64}\r\n)" % re.escape(boundary.encode("latin-1"))
-    first = re.match(line, cut(file, 0, MARK_BYTES))
-    end, at = first.span() if first else (size, 0)
-    while end < size and cut(file, at - 2, at) != b"--":
-        head, value = find(rb"\r\n\r\n", file, at, size)
-        text = cut(file, at, min(head, at + 8 * MARK_BYTES)).decode("utf-8", "replace")
-        found = re.search("(?im)^content-disposition: *form-data *;(.*)", text)
-        name = parameters_of(found[1] if found else "").get("name")
-        if name is None:
-            raise BadRequest("a part of the multipart body has no name")
-        end, at = find(rb"\r\n" + line, file, value, size)
-        yield name, pieces(file, value, end)
-    if end == size:
-        raise BadRequest(
-            "the multipart body has no last boundary: was it cut short, or does its Content-Type"
-            " lack the boundary?"
-        )
+def _unquoted(data: bytes) -> Iterator[bytes]:
+    # Python would take 60 times the memory of an archive to decode it as a whole.
+    for piece in re.finditer(rb"(?s)(?:%[0-9A-Fa-f]{2}|.){1,9999}", data):
+        yield urllib.parse.unquote_to_bytes(piece[0])
 
 
-def json_fields(data: bytes, repeatable: Collection[str]) -> Iterator[Field]:
-    """Yield the members of a JSON object; repeatable ones may be lists."""
+def _find(line: bytes, file: IO[bytes], at: int) -> tuple[int, int, bool]:
+    # Where the next line with the boundary begins and ends, and whether it is the last. A search of
+    # the file as a whole would keep all of it in memory; the windows overlap by more than a line.
+    while window := _cut(file, at, at + CHUNK_BYTES + 1024):
+        if match := re.search(line, window):
+            return at + match.start(), at + match.end(), match[1] == b"--"
+        at += CHUNK_BYTES
+    raise BadRequest("the multipart body has no last boundary: was it cut short, or does its"
+                     " Content-Type lack the boundary?")
+
+
+def _multipart_fields(file: IO[bytes], boundary: str) -> Iterator[_Field]:
+    # See RFC 7578.
+    line = rb"--%b(--|[ \t]{0,64}\r\n)" % re.escape(boundary.encode("latin-1"))
+    _, at, is_last = _find(rb"\A" + line, file, 0)
+    while not is_last:
+        file.seek(at)
+        names = _parameters_of(_read_headers(file).get("content-disposition", ""))
+        name = names.get("name", "(no name)").encode("latin-1").decode("utf-8", "replace")
+        start = file.tell()
+        end, at, is_last = _find(rb"\r\n" + line, file, start)
+        yield name, _pieces(file, start, end)
+
+
+def _json_fields(data: bytes, repeatable: Collection[str]) -> Iterator[_Field]:
+    # The members of an object; repeatable ones may be lists.
     try:
-        members = json.loads(as_text(data, "the JSON body"), object_pairs_hook=unique)
-    except (ValueError, RecursionError) as error:
-        raise BadRequest(f"the body is not JSON: {error!s:.200}") from None
-    if not isinstance(members, dict):
-        raise BadRequest('the JSON body must be one object, like {"project": "demo"}')
+        members = dict(**json.loads(_as_text(data, "the JSON body"), object_pairs_hook=_unique))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise BadRequest('the body is not JSON with one object, like {"project": "demo"}: '
+                         f"{error!s:.200}") from None
     for name, value in members.items():
         for item in value if isinstance(value, list) and name in repeatable else [value]:
             number = int(item) if isinstance(item, bool) else item  # as a form would have it
@@ -2161,76 +2092,66 @@ def json_fields(data: bytes, repeatable: Collection[str]) -> Iterator[Field]:
             yield name, [text.encode("utf-8", "surrogatepass")]
 
 
-def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Return a JSON object. Raise BadRequest for twins, one of which would be lost."""
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    # One of twins would be lost.
     if len(dict(pairs)) < len(pairs):
-        twin, _ = Counter(name for name, _ in pairs).most_common(1)[0]
+        (twin, _), *_ = Counter(name for name, _ in pairs).most_common(1)
         raise BadRequest(f"the parameter {quoted(twin)} is given twice; use a list for several")
     return dict(pairs)
 
 
-def body_fields(file: IO[bytes], headers: Mapping[str, str], route: Route) -> Iterator[Field]:
-    """Return the fields of a body by its type. Raise ScrapyDoError for a type that is not known."""
-    kind, _, rest = headers.get("content-type", FORM_TYPE).partition(";")
+def _body_fields(file: IO[bytes], headers: Mapping[str, str], route: _Route) -> Iterator[_Field]:
+    # By the type of the body. Only multipart/form-data is not read as a whole.
+    kind, _, rest = headers.get("content-type", "").partition(";")
     kind = kind.strip().lower()
-    if kind == "application/json":
-        return json_fields(cut(file, 0, BODY_BYTES), route.repeatable)
     if kind == "multipart/form-data":
-        return multipart_fields(file, parameters_of(rest).get("boundary", ""))
-    if kind == FORM_TYPE:
-        return query_fields(file)
-    raise ScrapyDoError(
-        f"a body of type {quoted(kind)} is not understood; send a form (curl -F or -d) or JSON"
-        f" (curl --json), as in {PUSH_CALL}", 415,
-    )  # fmt: skip
+        return _multipart_fields(file, _parameters_of(rest).get("boundary", ""))
+    data = _cut(file, 0, 16 * MIB + 1)
+    if len(data) > 16 * MIB:
+        raise TooLarge(f"only curl -F sends more than 16 MiB, as in {PUSH_CALL}")
+    if kind == "application/json":
+        return _json_fields(data, route.repeatable)
+    if kind in ("", "application/x-www-form-urlencoded"):
+        return _query_fields(data)
+    raise ScrapyDoError(f"a body of type {quoted(kind)} is not understood; send a form (curl -F or"
+                        f" -d) or JSON (curl --json), as in {PUSH_CALL}", 415)
 
 
-class Route(NamedTuple):
-    """An endpoint: the function that answers, and its parameters."""
-
+class _Route(NamedTuple):
     name: str
-    answer: Callable[..., dict[str, Any]]
+    answer: Callable[..., dict[str, Any]]  # with these parameters
     required: tuple[str, ...] = ()
     optional: tuple[str, ...] = ()
     repeatable: tuple[str, ...] = ()  # of those
     is_post: bool = False
 
     def __str__(self) -> str:
-        known = self.required + self.optional
-        shown = [f"{name} (repeatable)" if name in self.repeatable else name for name in known]
+        shown = [f"{name} (repeatable)" if name in self.repeatable else name
+                 for name in self.required + self.optional]
         return f"its parameters are {', '.join(shown)}" if shown else "it has no parameters"
 
-    def check(self, fields: Iterable[Field]) -> dict[str, Any]:
-        """Return the values by name: texts, a list of them where repeatable, an archive in pieces.
-
-        Raise ScrapyDoError for a field that is missing, unknown, given twice, or not UTF-8.
-        """
-        known = self.required + self.optional
+    def check(self, fields: Iterable[_Field]) -> dict[str, Any]:
+        # Return values by name: a text, where repeatable a list of texts, an archive in pieces.
         values: dict[str, Any] = {}
         for count, (name, value) in enumerate(fields, 1):
             if count > 1000:  # a crawl's command has no room for more
                 raise TooLarge("a request may have 1000 parameters")
-            if name not in known:
-                raise BadRequest(
-                    f"{self.name} has no parameter {quoted(name)}; {self}; with curl, JSON needs"
-                    " --json, a file -F NAME=@FILE, a value with '&' or '+' --data-urlencode"
-                )
+            if name not in self.required + self.optional:
+                raise BadRequest(f"{self.name} has no parameter {quoted(name)}; {self}; with curl,"
+                                 " JSON needs --json, a file -F NAME=@FILE, a value with '&' or '+'"
+                                 " --data-urlencode")
             if name in values and name not in self.repeatable:
                 raise BadRequest(f"the parameter {quoted(name)} is given twice; {self}")
-            kept = value if name == "archive" else as_text(b"".join(value), f"parameter '{name}'")
+            kept = value if name == "archive" else _as_text(b"".join(value), f"parameter '{name}'")
             values[name] = [*values.get(name, ()), kept] if name in self.repeatable else kept
-        for name in self.required:
-            if name not in values:
-                raise BadRequest(f"{self.name} needs the parameter '{name}'; {self}")
+        if missing := [name for name in self.required if name not in values]:
+            raise BadRequest(f"{self.name} needs the parameter '{missing[0]}'; {self}")
         return values
 
 
-def read_headers(reader: IO[bytes]) -> dict[str, str]:
-    """Return headers by lower-case name, up to the empty line.
-
-    Raise ScrapyDoError for what could smuggle a second request in: http.server's own reader, made
-    for mail, splits lines at a bare CR and stops at a line that it does not understand.
-    """
+def _read_headers(reader: IO[bytes]) -> dict[str, str]:
+    # By lower-case name. The reader of http.server is made for mail and could let a second request
+    # in: it splits lines at a bare CR, and stops at one that it does not understand.
     headers: dict[str, str] = {}
     while (line := reader.readline(LINE_BYTES)) not in (b"\r\n", b"\n"):
         match = HEADER_LINE.fullmatch(line)
@@ -2243,44 +2164,37 @@ def read_headers(reader: IO[bytes]) -> dict[str, str]:
     return headers
 
 
-def body_length(headers: Mapping[str, str]) -> int | None:
-    """Return how long a body is, None for a chunked one. Raise ScrapyDoError if it is unclear."""
+def _body_length(headers: Mapping[str, str]) -> int | None:
+    # None stands for a chunked body.
     coding, length = headers.get("transfer-encoding"), headers.get("content-length", "0")
     if coding is None and re.fullmatch("[0-9]{1,18}", length):
         return int(length)
-    if coding is None or "content-length" in headers:
-        raise BadRequest("the Content-Length is not one number, or beside a Transfer-Encoding")
-    if coding.lower() != "chunked":
-        raise ScrapyDoError(f"the transfer coding {quoted(coding)} is not known; use chunked", 501)
+    if coding is None or coding.lower() != "chunked" or "content-length" in headers:
+        raise BadRequest("the Content-Length is not one number, or beside a Transfer-Encoding, or"
+                         " that is not chunked")
     return None
 
 
-ROUTES = {
-    f"/{route.name}": route
-    for route in (
-        Route("status.json", Daemon.status),
-        Route("list-projects.json", Daemon.list_projects),
-        Route("list-spiders.json", Daemon.list_spiders, ("project",)),
-        Route("list-jobs.json", Daemon.list_jobs, (),
-              ("status", "id", "project", "spider", "scheduled_by", "limit")),
-        Route("push-project.json", Daemon.push, ("archive",), is_post=True),
-        Route("schedule-job.json", Daemon.schedule, ("project", "spider", "when"),
-              ("description", "payload", "timeout", "priority", "items", "arg", "setting"),
-              ("spider", "arg", "setting"), is_post=True),
-        Route("cancel-job.json", Daemon.cancel, (), ("id", "project", "spider"), is_post=True),
-        Route("remove-project.json", Daemon.remove, ("name",), is_post=True),
-    )
-}  # fmt: skip
-LOG_ROUTE = Route("get-log", Daemon.status, (), ("follow", "tail"))
+ROUTES = {f"/{route.name}": route for route in (
+    _Route("status.json", Daemon.status),
+    _Route("list-projects.json", Daemon.list_projects),
+    _Route("list-spiders.json", Daemon.list_spiders, ("project",)),
+    _Route("list-jobs.json", Daemon.list_jobs, (),
+          ("status", "id", "project", "spider", "scheduled_by", "limit")),
+    _Route("push-project.json", Daemon.push, ("archive",), is_post=True),
+    _Route("schedule-job.json", Daemon.schedule, ("project", "spider", "when"),
+          ("description", "payload", "timeout", "priority", "items", "arg", "setting"),
+          ("spider", "arg", "setting"), is_post=True),
+    _Route("cancel-job.json", Daemon.cancel, (), ("id", "project", "spider"), is_post=True),
+    _Route("remove-project.json", Daemon.remove, ("name",), is_post=True),
+)}
+LOG_ROUTE = _Route("get-log", Daemon.status, (), ("follow", "tail"))
 
 
-def tail_start(file: IO[bytes], size: int, lines: int | None) -> int:
-    """Return where the last lines of a file begin; None stands for all lines."""
-    if not lines:
-        return 0 if lines is None else size
-    for start in reversed(range(0, size - 1, CHUNK_BYTES)):
+def _tail_start(file: IO[bytes], size: int, lines: int) -> int:
+    for start in reversed(range(0, size, CHUNK_BYTES)):
         # The line feed at the very end begins no other line.
-        block = cut(file, start, min(start + CHUNK_BYTES, size - 1))
+        block = _cut(file, start, min(start + CHUNK_BYTES, size - 1))
         count = block.count(b"\n")
         if count >= lines:
             return start + len(block.rsplit(b"\n", lines)[0]) + 1
@@ -2288,17 +2202,14 @@ def tail_start(file: IO[bytes], size: int, lines: int | None) -> int:
     return 0
 
 
-class Reader(socket.SocketIO):
-    """Reads a connection until a deadline; a timeout of the socket counts for each read anew."""
+class _Reader(socket.SocketIO):
+    # Reads a connection until a deadline: a timeout of the socket counts for each read anew.
 
     deadline = 0.0  # on the monotonic clock
 
     def readinto(self, buffer: Any) -> int:
-        """Read what has arrived; 0 is the end. Raise TimeoutError at the deadline."""
-        if time.monotonic() > self.deadline:
-            raise TimeoutError
-        size = super().readinto(buffer)
-        if size is None:  # a timeout of the system
+        size = super().readinto(buffer) if time.monotonic() < self.deadline else None
+        if size is None:  # the deadline, or a timeout of the system
             raise TimeoutError
         return size
 
@@ -2312,34 +2223,29 @@ class Handler(http.server.BaseHTTPRequestHandler):
     server: Server
     headers: Any  # a dictionary by lower-case name
     raw_requestline: bytes  # as http.server has read it
+    command = ""  # of the latest request
+    idle_since = math.inf  # while a request is answered; in the future while the first is awaited
 
     def setup(self) -> None:
-        """Begin a connection, see socketserver.StreamRequestHandler."""
         super().setup()
-        if self.server.rules.tls:  # it ignores the timeout that connections inherit
-            self.request.settimeout(self.server.rules.request_timeout)
-        self.reader = Reader(self.request, "r")
-        self.rfile: io.BufferedReader = io.BufferedReader(self.reader, CHUNK_BYTES)
-        self.command = ""  # of the latest request
+        self.rfile: Any = io.BufferedReader(_Reader(self.request, "r"), CHUNK_BYTES)
         self.is_known = self.server.rules.users is None  # or has shown a password
-        self.idle_since = time.monotonic()  # infinite while a request is being answered
         self.server.connections[self.request] = self
 
     def finish(self) -> None:
-        """End a connection. A reset would take the last answer along, so read on for a moment."""
+        # A reset would take the last answer along, so read on for a moment.
         end = time.monotonic() + LINGER_SECONDS
         with contextlib.suppress(OSError):
-            if not self.is_read:
+            if self.length != 0:
                 self.request.shutdown(socket.SHUT_WR)
                 self.request.settimeout(LINGER_SECONDS)
                 while time.monotonic() < end and self.request.recv(CHUNK_BYTES):
                     pass
 
     def handle_one_request(self) -> None:
-        """Read and answer a request; the connection is idle until its head is there."""
-        self.idle_since = time.monotonic()
-        self.reader.deadline = self.idle_since + self.server.rules.request_timeout
-        self.is_read = self.close_connection = True
+        self.idle_since = time.monotonic() + (0.0 if self.command else GRACE_SECONDS)
+        self.rfile.raw.deadline = self.idle_since + self.server.rules.request_timeout
+        self.length: int | None = 0  # of the body still to be read; None: unknown, or in chunks
         try:
             super().handle_one_request()
         except ScrapyDoError as error:
@@ -2353,49 +2259,41 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self._refuse(ScrapyDoError("the daemon met an error of its own; see its log"))
 
     def parse_request(self) -> bool:
-        """Read the head of a request. Raise ScrapyDoError for one that is not sound."""
-        self.command, self.is_read = "", False
+        self.command, self.length = "", None
         match = REQUEST_LINE.fullmatch(self.raw_requestline)
         if match is None:
             raise BadRequest("this is not a request line of HTTP/1.1, like GET /status.json")
         self.command, self.path = match[1].decode(), match[2].decode("latin-1")
         self.is_old = match[3] == b"0"
-        self.headers = read_headers(self.rfile)
+        self.headers = _read_headers(self.rfile)
         if "," in self.headers.get("host", "" if self.is_old else ","):
             raise BadRequest("there must be one Host header")
-        self.length = body_length(self.headers)
-        self.is_read = self.length == 0
-        wish = self.headers.get("connection", "").lower()
-        self.close_connection = "close" in wish or (self.is_old and "keep-alive" not in wish)
+        self.length = _body_length(self.headers)
+        self.close_connection = self.is_old or "close" in self.headers.get("connection", "").lower()
         self.server.guard.check(self)
         self.is_known = True
         self.idle_since = math.inf
         return True
 
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
-        """Refuse what http.server itself does not understand."""
-        self.is_read = False
+        # What http.server itself does not understand.
+        self.length = None
         raise ScrapyDoError(message or "the address is too long; use a POST body", code)
 
     def log_message(self, format: str, *args: Any) -> None:
         """Say nothing of a connection on which nothing came in time."""
 
-    def do_GET(self) -> None:
-        """Answer a request of any method."""
-        target, _, query = self.path.partition("?")
-        path = as_text(decode_percent(target.encode("latin-1")), "the path")
+    def do_GET(self) -> None:  # and all other methods
+        path, _, query = self.path.partition("?")
         log_path, route = LOG_PATH.fullmatch(path), ROUTES.get(path)
         if not (route or log_path or path == "/"):
-            raise NotFound(
-                f"there is no {quoted(path)}; the paths are /, {', '.join(ROUTES)}, and"
-                " /get-log/data/ID.err or .out, where ID is the identifier of a job"
-            )
+            raise NotFound(f"there is no {quoted(path)}; the paths are /, {', '.join(ROUTES)}, and"
+                           " /get-log/data/ID.err or .out, where ID is the identifier of a job")
         methods = ("POST",) if route and route.is_post else ("GET", "HEAD")
         if self.command not in methods:
-            raise ScrapyDoError(
-                f"{quoted(path)} is asked for by {methods[0]}; curl sends a POST with -F or -d, and"
-                " a GET without them and -X", 405, [("Allow", ", ".join(methods))],
-            )  # fmt: skip
+            raise ScrapyDoError(f"{quoted(path)} is asked for by {methods[0]}; curl sends a POST"
+                                " with -F or -d, and a GET without them and -X", 405,
+                                [("Allow", ", ".join(methods))])
         if route:
             answer = route.answer(self.server.daemon, **self._parameters(route, query))
             self._send(200, {"status": "ok", **answer})
@@ -2406,110 +2304,101 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     do_HEAD = do_POST = do_PUT = do_DELETE = do_PATCH = do_OPTIONS = do_GET
 
-    def _parameters(self, route: Route, query: str) -> dict[str, Any]:
+    def _parameters(self, route: _Route, query: str) -> dict[str, Any]:
         if not route.is_post:
-            return route.check(query_fields(io.BytesIO(query.encode("latin-1"))))
+            return route.check(_query_fields(query.encode("latin-1")))
         if query:
             raise BadRequest(f"{route.name} takes parameters by curl -F or -d, not in the address")
-        if "archive" in route.required:
-            return {"archive": self._save_archive(route)}
-        body = io.BytesIO()
-        self._receive(body, BODY_BYTES)
-        return route.check(body_fields(body, self.headers, route))
+        if "archive" not in route.required:
+            body = io.BytesIO()
+            self._receive(body, MIB)
+            return route.check(_body_fields(body, self.headers, route))
 
-    def _save_archive(self, route: Route) -> Path:
         upload = self.server.daemon.new_upload()
         try:
             with open(upload, "xb+") as file, open(upload, "rb+") as target:
                 self._receive(file, self.server.rules.max_upload * MIB)
-                archive = route.check(body_fields(file, self.headers, route))["archive"]
                 # It moves to the start of its own file; a piece is read before it is written over.
-                target.writelines(archive)
+                target.writelines(route.check(_body_fields(file, self.headers, route))["archive"])
                 target.truncate()
         except BaseException:
             remove_tree(upload)
             raise
-        return upload
+        return {"archive": upload}
 
     def _receive(self, file: IO[bytes], most: int) -> None:
         if self.headers.get("expect", "").lower() == "100-continue" and not self.is_old:
-            self.wfile.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-        self.reader.deadline = time.monotonic() + self.server.rules.request_timeout
+            self.request.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
+        self.rfile.raw.deadline = time.monotonic() + self.server.rules.request_timeout
         try:
-            left = self._next_chunk() if self.length is None else self.length
+            left = self._next_chunk(b"\r\n") if self.length is None else self.length
             while left:
                 if file.tell() + left > most:
-                    raise TooLarge(
-                        f"the body is longer than {most // MIB} MiB; for archives, see --max-upload"
-                    )
+                    raise TooLarge(f"the body is longer than {most // MIB} MiB; for archives, see"
+                                   " --max-upload")
                 piece = self.rfile.read1(min(left, CHUNK_BYTES))
                 if not piece:
                     raise ConnectionAbortedError
                 file.write(piece)
                 left -= len(piece)
-                self.reader.deadline += len(piece) / BODY_BYTES_PER_SECOND
+                self.rfile.raw.deadline += len(piece) / BODY_BYTES_PER_SECOND
                 if not left and self.length is None:
-                    left = self._next_chunk(b"\r\n")
+                    left = self._next_chunk(self.rfile.read(2))
         except TimeoutError:
             raise ScrapyDoError("the request took too long to arrive", 408) from None
-        self.is_read = True
+        self.length = 0
 
-    def _next_chunk(self, end: bytes = b"") -> int:
-        # 0 is the end, see RFC 9112 section 7.1.
-        is_ended = self.rfile.read(len(end)) == end
-        match = CHUNK_LINE.fullmatch(self.rfile.readline(256))
-        if match is None or not is_ended:
+    def _next_chunk(self, end: bytes) -> int:
+        # Return its size, 0 at the end, see RFC 9112 section 7.1; `end` is that of the last chunk.
+        match = CHUNK_LINE.fullmatch(end + self.rfile.readline(256))
+        if match is None:
             raise BadRequest("the chunked body is broken")
         if not (size := int(match[1], 16)):
-            read_headers(self.rfile)  # of the trailer, which means nothing here
+            _read_headers(self.rfile)  # of the trailer, which means nothing here
         return size
 
     def _refuse(self, error: ScrapyDoError) -> None:
-        if isinstance(error, WrongPassword):
-            self._pause(PENALTY_SECONDS)
-        if isinstance(error, WrongPassword) or error.status != 401:  # a challenge is no event
+        if error.status != 401:  # a challenge is no event
             what = f"{self.command} {self.path:.100}" if self.command else "a request"
             log(f"{what} from {self.client_address[0]} got {error.status}: {error!s:.300}")
         self._send(error.status, {"status": "error", "msg": str(error)}, headers=error.headers)
 
-    def _send(
-        self, status: int, answer: Mapping[str, Any] | bytes, kind: str = "application/json",
-        headers: Headers = (), framing: str = "",
-    ) -> None:  # fmt: skip
+    def _send(self, status: int, answer: Mapping[str, Any] | bytes, kind: str = "application/json",
+              headers: Headers = (), framing: str = "") -> None:
         # `framing` is the header that says where the body ends, by default with `answer`.
         if not isinstance(answer, bytes):
             answer = (encode_answer(answer) + "\n").encode("utf-8", "backslashreplace")
-        self.close_connection = self.close_connection or not self.is_read
+        self.close_connection = self.close_connection or self.length != 0
         lines = [
             f"HTTP/1.1 {status} {self.responses[status][0]}", f"Content-Type: {kind}",
             framing or f"Content-Length: {len(answer)}", f"Date: {self.date_time_string()}",
             "Cache-Control: no-store", "X-Content-Type-Options: nosniff",
             f"Connection: {'close' if self.close_connection else 'keep-alive'}",
             *(f"{name}: {value}" for name, value in headers), "\r\n",
-        ]  # fmt: skip
+        ]
         head = "\r\n".join(lines).encode("latin-1", "replace")
-        self.wfile.write(head if self.command == "HEAD" else head + answer)
+        self.request.sendall(head if self.command == "HEAD" else head + answer)
 
     def _pause(self, seconds: float) -> None:
+        # A client that goes meanwhile, or a stop or reload, cuts the answer.
         poll = select.poll()
         poll.register(self.request, select.POLLRDHUP)
-        if poll.poll(seconds * 1000):
+        if poll.poll(seconds * 1000) or self.server.is_draining:
             raise ConnectionAbortedError
 
     def _send_log(self, query: str, identifier: str, stream: str) -> None:
-        fields = LOG_ROUTE.check(query_fields(io.BytesIO(query.encode("latin-1"))))
+        fields = self._parameters(LOG_ROUTE, query)
         asked = {name: checked(name, parse_whole, fields[name], 0, 10**9) for name in fields}
         path = self.server.daemon.log_path(identifier, stream)
         with open_log(path) as file:
             size = os.fstat(file.fileno()).st_size
-            start = tail_start(file, size, asked.get("tail"))
-            if not asked.get("follow") or self.is_old:  # HTTP/1.0 has no chunks
-                wanted = "" if "tail" in asked else self.headers.get("range", "")
-                self._send_part(file, start, size, wanted)
+            start = _tail_start(file, size, asked["tail"]) if "tail" in asked else 0
+            # HTTP/1.0 has no chunks.
+            if not asked.get("follow") or self.command == "HEAD" or self.is_old:
+                self._send_part(file, start, size,
+                                "" if "tail" in asked else self.headers.get("range", ""))
                 return
-        self._send(200, b"", TEXT_TYPE, (), "Transfer-Encoding: chunked")
-        if self.command != "HEAD":
-            self._follow(path, identifier, start)
+        self._follow(path, identifier, start)
 
     def _send_part(self, file: IO[bytes], start: int, size: int, wanted: str) -> None:
         status, end, headers = 200, size, [("Accept-Ranges", "bytes")]
@@ -2519,44 +2408,46 @@ class Handler(http.server.BaseHTTPRequestHandler):
             start = int(first) if first else max(0, size - int(last or 0))
             end = min(size, int(last) + 1) if first and last else size
             if start >= end:
-                headers = [("Content-Range", f"bytes */{size}")]
-                raise ScrapyDoError(f"the log has {size} bytes; nothing is there", 416, headers)
+                raise ScrapyDoError(f"the log has {size} bytes; nothing is there", 416,
+                                    [("Content-Range", f"bytes */{size}")])
             status = 206
             headers.append(("Content-Range", f"bytes {start}-{end - 1}/{size}"))
         self._send(status, b"", TEXT_TYPE, headers, f"Content-Length: {end - start}")
-        self.request.settimeout(self.server.rules.request_timeout)  # `sendfile` wants Python's own
-        if self.command == "HEAD" or start == end:
-            return
-        if self.request.sendfile(file, start, end - start) < end - start:
-            raise ConnectionAbortedError  # the log was cut short, so no more will come
+        if self.command == "GET" and start < end:
+            self.request.settimeout(self.server.rules.request_timeout)  # or `sendfile` is slow
+            if self.request.sendfile(file, start, end - start) < end - start:
+                raise ConnectionAbortedError  # the log was cut short, so no more will come
 
     def _follow(self, path: Path, identifier: str, start: int) -> None:
-        # When the daemon stops or reloads before the end, the answer is cut: the client can tell.
-        while True:
+        # An answer that is cut has no last chunk, so the client can tell.
+        self._send(200, b"", TEXT_TYPE, (), "Transfer-Encoding: chunked")
+        piece, is_over = b"", False
+        while piece or not is_over:
             is_over = not self.server.daemon.is_logging(identifier)  # asked before the log is read
             with open_log(path) as file:
                 # A log that has become shorter is new.
                 file.seek(start if start <= os.fstat(file.fileno()).st_size else 0)
                 piece = file.read(CHUNK_BYTES)
                 start = file.tell()
-            if piece or is_over:
-                self.wfile.write(b"%x\r\n%b\r\n" % (len(piece), piece))
-            if is_over and not piece:  # an empty chunk is the end
-                return
-            if not is_over and (self.server.daemon.is_closing or self.server.is_draining):
-                raise ConnectionAbortedError
-            if not piece:
+            if piece or is_over:  # an empty chunk is the last
+                self.request.sendall(b"%x\r\n%b\r\n" % (len(piece), piece))
+            else:
                 self._pause(FOLLOW_SECONDS)
+
+
+_FULL_ANSWER = (
+    b"HTTP/1.1 503 Service Unavailable\r\nConnection: close\r\nContent-Length: 123\r\n"
+    b"Content-Type: application/json\r\n\r\n"
+    b'{"status": "error", "msg": "there are too many connections, or no room for a thread; ask'
+    b' later, or see --max-connections"}\n'
+)
 
 
 class Server(http.server.ThreadingHTTPServer):
     """Accept connections, each of which gets a thread."""
 
-    block_on_close = False  # so that socketserver keeps no list of all threads
-
     def __init__(self, listening: socket.socket, daemon: Daemon, rules: argparse.Namespace):
-        """Take the connections of a socket that listens."""
-        # What server_bind would do asks DNS for a name.
+        # `server_bind` would ask DNS for a name.
         super().__init__(listening.getsockname()[:2], Handler, bind_and_activate=False)
         self.socket.close()
         self.socket = listening
@@ -2576,47 +2467,47 @@ class Server(http.server.ThreadingHTTPServer):
 
     def serve_until(self, signals: socket.socket) -> bytes:
         """Serve until something can be read from `signals`, and return that."""
-        poll = select.poll()
-        poll.register(self.socket, select.POLLIN)
-        poll.register(signals, select.POLLIN)
-        while signals.fileno() not in dict(poll.poll()):
+        while signals not in select.select([self.socket, signals], [], [])[0]:
             self._accept()
         return signals.recv(CHUNK_BYTES)
 
     def _accept(self) -> None:
         try:
             request, address = self.get_request()
-        except (BlockingIOError, ConnectionError):  # the client has gone at once
-            return
         except OSError as error:
             log(f"no connection can be accepted: {error.strerror}")
             time.sleep(PLACE_SECONDS)
             return
         try:
             if self.rules.tls:
-                request = self.rules.tls.wrap(request)
+                request.settimeout(self.rules.request_timeout)  # it ignores the inherited timeout
+                request = self.rules.tls.wrap_socket(
+                    request, server_side=True, do_handshake_on_connect=False)
             self._make_room()
             self.connections[request] = None
-            self.process_request(request, address)
-        except (OSError, RuntimeError, ScrapyDoError) as error:  # RuntimeError: no thread
-            self._turn_away(request, str(error))
+            if not self._idle.acquire(blocking=False):  # to start another takes long
+                threading.Thread(target=self._run, name="http", daemon=True).start()
+            self._work.put((request, address))
+        except (OSError, RuntimeError):  # no room, or no thread
+            with contextlib.suppress(OSError):
+                request.settimeout(0)
+                request.send(_FULL_ANSWER)
+            self.shutdown_request(request)
 
-    def _turn_away(self, request: socket.socket, reason: str) -> None:
-        body = encode_json({"status": "error", "msg": reason}) + "\n"
-        head = (
-            "HTTP/1.1 503 Service Unavailable\r\nConnection: close\r\n"
-            f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
-        )
-        with contextlib.suppress(OSError):
-            request.settimeout(0)
-            request.send((head + body).encode())
-        self.shutdown_request(request)
-
-    def process_request(self, request: Any, client_address: Any) -> None:
-        """Have an idle thread take a connection: to start one takes longer than an answer."""
-        if not self._idle.acquire(blocking=False):
-            threading.Thread(target=self._run, name="http", daemon=True).start()
-        self._work.put((request, client_address))
+    def _make_room(self) -> None:
+        # The connection that is idle for longest gives way, first of those without a password.
+        end = time.monotonic() + GRACE_SECONDS
+        while len(self.connections) >= self.rules.max_connections:
+            first = min(filter(None, list(self.connections.values())), default=None,
+                        key=lambda handler: (handler.is_known, handler.idle_since))
+            if first and (not first.is_known or first.idle_since < time.monotonic()):
+                self.connections.pop(first.request, None)
+                with contextlib.suppress(OSError):
+                    first.request.shutdown(socket.SHUT_RDWR)
+            elif time.monotonic() > end:
+                raise TimeoutError
+            else:
+                time.sleep(PLACE_SECONDS)
 
     def _run(self) -> None:
         while True:
@@ -2624,48 +2515,27 @@ class Server(http.server.ThreadingHTTPServer):
             self._idle.release()
 
     def shutdown_request(self, request: Any) -> None:
-        """Close a connection and forget it; see `Handler.finish`."""
         self.connections.pop(request, None)
         self.close_request(request)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Log why a connection has ended, unless the client has gone."""
         error = sys.exc_info()[1]
-        if isinstance(error, Exception) and not isinstance(error, OSError):
+        if isinstance(error, Exception) and not isinstance(error, OSError):  # a client that went
             log_crash("a connection", error)
 
-    def _make_room(self) -> None:
-        # The connection that is idle for longest gives way, first of those without a password.
-        end = time.monotonic() + GRACE_SECONDS
-        while len(self.connections) >= self.rules.max_connections:
-            handlers = [handler for handler in list(self.connections.values()) if handler]
-            first = min(handlers, key=lambda h: (h.is_known, h.idle_since), default=None)
-            grace = GRACE_SECONDS / 2 if first and first.is_known else 0.0
-            if first and time.monotonic() - first.idle_since > grace:
-                self.connections.pop(first.request, None)
-                with contextlib.suppress(OSError):
-                    first.request.shutdown(socket.SHUT_RDWR)
-            elif time.monotonic() > end:
-                raise Unavailable("too many connections; ask later, or see --max-connections")
-            else:
-                time.sleep(PLACE_SECONDS)
-
     def drain(self, seconds: float) -> None:
-        """Wait for the requests that are being answered, but no longer than so many seconds.
+        """Wait for the requests that are being answered, or on the way of a new connection.
 
-        A connection that was just accepted has a request on its way.
+        It takes no longer than so many seconds.
         """
         self.is_draining = True
         end = time.monotonic() + seconds
-        while time.monotonic() < end and any(map(is_busy, list(self.connections.values()))):
+        while (now := time.monotonic()) < end and any(
+            handler is None or handler.idle_since > now
+            for handler in list(self.connections.values())
+        ):
             time.sleep(PLACE_SECONDS)
         self.is_draining = False
-
-
-def is_busy(handler: Handler | None) -> bool:
-    """Tell whether a connection has a request that is being answered, or on its way."""
-    grace = 0.0 if handler and handler.command else GRACE_SECONDS
-    return handler is None or time.monotonic() - handler.idle_since < grace
 
 
 # ---- 8. Command line -------------------------------------------------------------------------
@@ -2772,7 +2642,7 @@ def read_files(options: argparse.Namespace) -> None:
     if options.auth_file:
         options.users = read_users(options.auth_file)
     if options.tls_cert:
-        options.tls = Tls(options.tls_cert, options.tls_key, None)
+        options.tls = load_certificate(options.tls_cert, options.tls_key)
 
 
 def _warn_of_surroundings(scrapy: Sequence[str]) -> None:
