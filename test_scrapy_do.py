@@ -4645,8 +4645,8 @@ def test_a_service_manager_is_told_of_the_start_a_reload_and_the_stop(copied, tm
 def test_the_file_stays_short_enough_to_be_read_and_is_what_the_card_says():
     """Growing is a decision: whoever raises a number has looked for the simpler shape."""
     source = MODULE.read_text()
-    assert len(source.splitlines()) <= 3370
-    assert sum(isinstance(node, ast.stmt) for node in ast.walk(ast.parse(source))) <= 2095
+    assert len(source.splitlines()) <= 3000
+    assert sum(isinstance(node, ast.stmt) for node in ast.walk(ast.parse(source))) <= 1820
     assert max(map(len, source.splitlines())) <= 100
     assert re.findall(r"^# ---- ([0-9]+)\. ", source, re.MULTILINE) == [str(number) for number in range(1, 10)]
     assert issubclass(scrapy_do.Server, http.server.ThreadingHTTPServer)
