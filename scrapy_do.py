@@ -721,9 +721,8 @@ class Store:
         ]}
 
     A change is written over the closing brackets and ends with new ones, in a write and an fsync.
-    So a power cut can only spoil the last change, which nobody has been told of. Bytes before a
-    write in the same sector are taken to be safe, as in SQLite. `append` and `rewrite` want
-    Daemon.lock to be held.
+    So a power cut can only spoil the last change, which nobody has been told of: bytes before a
+    write are taken to be safe, as in SQLite. `append` and `rewrite` want Daemon.lock to be held.
     """
 
     def __init__(self, folder: Path):
@@ -893,8 +892,7 @@ def _explain_archive(archive: Path, problem: str) -> str:
 
 
 def _read_config(push: str, folder: Path, names: Collection[str]) -> Project:
-    # Read the one `scrapy.cfg` of an unpacked archive; the spiders are not known yet. The project's
-    # name is in [deploy], or in the sections [deploy:TARGET] if these agree.
+    # The project's name is in [deploy], or in the sections [deploy:TARGET] if these agree.
     import configparser
 
     found = sorted(name for name in names if os.path.basename(name) == "scrapy.cfg")
@@ -1068,11 +1066,8 @@ def _missing_module_cure(command: Sequence[str], errors: str, work: Path) -> str
 
 
 def end_processes(find: Callable[[], list[psutil.Process]], kill_at: float) -> bool:
-    """End what `find` finds, until it finds nothing; return whether that took SIGKILL.
-
-    Each process gets SIGTERM once, and SIGKILL when time.monotonic has come to `kill_at`. When no
-    file descriptor is left to look at them, wait until there is: none may be overlooked.
-    """
+    """End what `find` finds, until it finds nothing; return whether that took SIGKILL."""
+    # Each process gets SIGTERM once, and SIGKILL when time.monotonic has come to `kill_at`.
     asked: set[psutil.Process] = set()
     is_late = False
     while True:
@@ -1081,7 +1076,7 @@ def end_processes(find: Callable[[], list[psutil.Process]], kill_at: float) -> b
         except OSError as error:
             if error.errno not in (errno.EMFILE, errno.ENFILE):
                 raise
-            time.sleep(0.05)
+            time.sleep(0.05)  # until there is a file descriptor to look: none may be overlooked
             continue
         if not rest:
             return is_late
@@ -1124,8 +1119,8 @@ def find_family(leader: int, identifier: str) -> list[psutil.Process]:
     for pid, is_ours in todo:  # it grows
         with contextlib.suppress(psutil.Error, ProcessLookupError):
             process = psutil.Process(pid)
-            is_ours = is_ours or os.getsid(pid) == leader
-            is_ours = is_ours or _read_environment(process).get("SCRAPY_JOB") == identifier
+            is_ours = (is_ours or os.getsid(pid) == leader
+                       or _read_environment(process).get("SCRAPY_JOB") == identifier)
             todo += [(child, is_ours) for child in child_pids(pid)]
             if is_ours and pid != leader and process.status() != psutil.STATUS_ZOMBIE:
                 found.append(process)
