@@ -756,19 +756,18 @@ class Store:
 
     def load(self) -> tuple[dict[str, Project], dict[str, Job]]:
         """Return the saved records, jobs in the order they were made in, or raise StorageError."""
-        projects: dict[str, Project] = {}
-        jobs: dict[str, Job] = {}
+        records: tuple[dict[str, Project], dict[str, Job]] = {}, {}
         try:
             if not os.path.lexists(self.state_file):
                 self.rewrite([])  # from now on leftovers are known to be ours
             document = parse_state(self.state_file.read_bytes())
             self._since = float(document.get("since", self._since))
             for fields in itertools.chain(*document.get("changes")):
-                apply_record(decode_record(fields), projects, jobs)
+                apply_record(decode_record(fields), *records)
         except (OSError, ValueError, TypeError, RecursionError) as error:
             raise StorageError(f"{self.state_file} cannot be read: {error}; nothing was changed;"
                                " mend the file, or move the whole folder away") from None
-        return projects, jobs
+        return records
 
     def sweep(self, known: Collection[str], running: Collection[str]) -> None:
         """Delete what a crash left behind: uploads, code and logs not known, and working copies."""
