@@ -666,9 +666,8 @@ class Store:
         ]}
 
     A change is written over the closing brackets and ends with new ones, in a write and an fsync.
-    So a power cut can only spoil the last change, which nobody has been told of. Bytes before a
-    write in the same sector are taken to be safe, as in SQLite. `append` and `rewrite` want
-    Daemon.lock to be held.
+    So a power cut can only spoil the last change, which nobody has been told of: bytes before a
+    write are taken to be safe, as in SQLite. `append` and `rewrite` want Daemon.lock to be held.
     """
 
     def __init__(self, folder: Path):
@@ -702,19 +701,18 @@ class Store:
 
     def load(self) -> tuple[dict[str, Project], dict[str, Job]]:
         """Return the saved records, jobs in the order they were made in, or raise StorageError."""
-        projects: dict[str, Project] = {}
-        jobs: dict[str, Job] = {}
+        records: tuple[dict[str, Project], dict[str, Job]] = {}, {}
         try:
             if not os.path.lexists(self.state_file):
                 self.rewrite([])  # from now on leftovers are known to be ours
             document = parse_state(self.state_file.read_bytes())
             self._since = float(document.get("since", self._since))
             for fields in itertools.chain(*document.get("changes")):
-                apply_record(decode_record(fields), projects, jobs)
+                apply_record(decode_record(fields), *records)
         except (OSError, ValueError, TypeError, RecursionError) as error:
             raise StorageError(f"{self.state_file} cannot be read: {error}; nothing was changed;"
                                " mend the file, or move the whole folder away") from None
-        return projects, jobs
+        return records
 
     def sweep(self, known: Collection[str], running: Collection[str]) -> None:
         """Delete what a crash left behind: uploads, code and logs not known, and working copies."""
@@ -838,8 +836,7 @@ def _explain_archive(archive: Path, problem: str) -> str:
 
 
 def _read_config(push: str, folder: Path, names: Collection[str]) -> Project:
-    # Read the one `scrapy.cfg` of an unpacked archive; the spiders are not known yet. The project's
-    # name is in [deploy], or in the sections [deploy:TARGET] if these agree.
+    # The project's name is in [deploy], or in the sections [deploy:TARGET] if these agree.
     import configparser
 
     found = sorted(name for name in names if os.path.basename(name) == "scrapy.cfg")
@@ -1013,11 +1010,8 @@ def _missing_module_cure(command: Sequence[str], errors: str, work: Path) -> str
 
 
 def end_processes(find: Callable[[], list[psutil.Process]], kill_at: float) -> bool:
-    """End what `find` finds, until it finds nothing; return whether that took SIGKILL.
-
-    Each process gets SIGTERM once, and SIGKILL when time.monotonic has come to `kill_at`. When no
-    file descriptor is left to look at them, wait until there is: none may be overlooked.
-    """
+    """End what `find` finds, until it finds nothing; return whether that took SIGKILL."""
+    # Each process gets SIGTERM once, and SIGKILL when time.monotonic has come to `kill_at`.
     asked: set[psutil.Process] = set()
     is_late = False
     while True:
@@ -1026,7 +1020,7 @@ def end_processes(find: Callable[[], list[psutil.Process]], kill_at: float) -> b
         except OSError as error:
             if error.errno not in (errno.EMFILE, errno.ENFILE):
                 raise
-            time.sleep(0.05)
+            time.sleep(0.05)  # until there is a file descriptor to look: none may be overlooked
             continue
         if not rest:
             return is_late
@@ -1069,8 +1063,8 @@ def find_family(leader: int, identifier: str) -> list[psutil.Process]:
     for pid, is_ours in todo:  # it grows
         with contextlib.suppress(psutil.Error, ProcessLookupError):
             process = psutil.Process(pid)
-            is_ours = is_ours or os.getsid(pid) == leader
-            is_ours = is_ours or _read_environment(process).get("SCRAPY_JOB") == identifier
+            is_ours = (is_ours or os.getsid(pid) == leader
+                       or _read_environment(process).get("SCRAPY_JOB") == identifier)
             todo += [(child, is_ours) for child in child_pids(pid)]
             if is_ours and pid != leader and process.status() != psutil.STATUS_ZOMBIE:
                 found.append(process)
