@@ -2098,7 +2098,8 @@ def load_certificate(certificate: Path, key: Path | None) -> ssl.SSLContext:
     except (OSError, ValueError) as error:
         raise ScrapyDoError(
             f"the certificate in {certificate} cannot be used with the key in {key or certificate}:"
-            f" {error}; a password of the key goes by openssl pkey -in KEY -out NEW") from None
+            f" {error}; if the key has a password, remove it: openssl pkey -in KEY -out NEW"
+        ) from None
     return context
 
 
