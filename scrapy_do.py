@@ -1876,7 +1876,8 @@ def load_certificate(certificate: Path, key: Path | None) -> ssl.SSLContext:
     except (OSError, ValueError) as error:
         raise ScrapyDoError(
             f"the certificate in {certificate} cannot be used with the key in {key or certificate}:"
-            f" {error}; a password of the key goes by openssl pkey -in KEY -out NEW") from None
+            f" {error}; if the key has a password, remove it: openssl pkey -in KEY -out NEW"
+        ) from None
     return context
 
 
@@ -2174,11 +2175,11 @@ ROUTES = {f"/{route.name}": route for route in (
     _Route("list-projects.json", Daemon.list_projects),
     _Route("list-spiders.json", Daemon.list_spiders, ("project",)),
     _Route("list-jobs.json", Daemon.list_jobs, (),
-          ("status", "id", "project", "spider", "scheduled_by", "limit")),
+           ("status", "id", "project", "spider", "scheduled_by", "limit")),
     _Route("push-project.json", Daemon.push, ("archive",), is_post=True),
     _Route("schedule-job.json", Daemon.schedule, ("project", "spider", "when"),
-          ("description", "payload", "timeout", "priority", "items", "arg", "setting"),
-          ("spider", "arg", "setting"), is_post=True),
+           ("description", "payload", "timeout", "priority", "items", "arg", "setting"),
+           ("spider", "arg", "setting"), is_post=True),
     _Route("cancel-job.json", Daemon.cancel, (), ("id", "project", "spider"), is_post=True),
     _Route("remove-project.json", Daemon.remove, ("name",), is_post=True),
 )}
@@ -2333,8 +2334,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 piece = self.rfile.read1(min(left, CHUNK_BYTES))
                 if not piece:
                     raise ConnectionAbortedError
-                file.write(piece)
-                left -= len(piece)
+                left -= file.write(piece)
                 self.rfile.raw.deadline += len(piece) / BODY_BYTES_PER_SECOND
                 if not left and self.length is None:
                     left = self._next_chunk(self.rfile.read(2))
@@ -2381,8 +2381,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             raise ConnectionAbortedError
 
     def _send_log(self, query: str, identifier: str, stream: str) -> None:
-        fields = self._parameters(LOG_ROUTE, query)
-        asked = {name: checked(name, parse_whole, fields[name], 0, 10**9) for name in fields}
+        asked = {name: checked(name, parse_whole, text, 0, 10**9)
+                 for name, text in self._parameters(LOG_ROUTE, query).items()}
         path = self.server.daemon.log_path(identifier, stream)
         with open_log(path) as file:
             size = os.fstat(file.fileno()).st_size
@@ -2408,7 +2408,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             headers.append(("Content-Range", f"bytes {start}-{end - 1}/{size}"))
         self._send(status, b"", TEXT_TYPE, headers, f"Content-Length: {end - start}")
         if self.command == "GET" and start < end:
-            self.request.settimeout(self.server.rules.request_timeout)  # or `sendfile` is slow
+            self.request.settimeout(self.server.rules.request_timeout)  # `sendfile` wants Python's own
             if self.request.sendfile(file, start, end - start) < end - start:
                 raise ConnectionAbortedError  # the log was cut short, so no more will come
 
@@ -2447,14 +2447,12 @@ class Server(http.server.ThreadingHTTPServer):
         self.socket = listening
         self.daemon, self.rules, self.guard = daemon, rules, Guard(rules)
         self.is_draining = False  # followers of logs are to go
-        # All that are open; None until the thread has begun.
-        self.connections: dict[socket.socket, Handler | None] = {}
+        self.connections: dict[socket.socket, Handler | None] = {}  # None: no thread has it yet
         self._idle = threading.Semaphore(0)  # counts threads without a connection
         self._work: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        # `accept` would block when the client has gone already. Connections inherit the timeouts;
-        # with these an answer takes half the system calls that it takes with Python's own.
-        listening.setblocking(False)
-        listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # inherited as well
+        listening.setblocking(False)  # `accept` would wait when the client has gone already
+        # Connections inherit these. Python's own timeouts double the system calls of an answer.
+        listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         seconds = struct.pack("ll", *divmod(int(rules.request_timeout * 1e6), 10**6))
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, seconds)
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, seconds)
@@ -2518,10 +2516,7 @@ class Server(http.server.ThreadingHTTPServer):
             log_crash("a connection", error)
 
     def drain(self, seconds: float) -> None:
-        """Wait for the requests that are being answered, or on the way of a new connection.
-
-        It takes no longer than so many seconds.
-        """
+        """Wait for answers, also to new connections, but no longer than so many seconds."""
         self.is_draining = True
         end = time.monotonic() + seconds
         while (now := time.monotonic()) < end and any(
