@@ -1276,10 +1276,6 @@ class Daemon:
 
     # Projects
 
-    def new_upload(self) -> Path:
-        """Return where an archive may be written that is to be pushed."""
-        return self.store.projects / f"{new_identifier()}.zip"
-
     def push(self, archive: Path) -> dict[str, Any]:
         """Check an archive, and make it a project or a project's new code.
 
@@ -1505,21 +1501,18 @@ class Daemon:
                            f"&scheduled_by={identifier} lists them")
         return self.store.logs / f"{identifier}.{stream}"
 
-    def is_logging(self, identifier: str) -> bool:
-        """Tell whether a job runs or waits to."""
-        job = self.jobs.get(identifier)
-        return job is not None and job.status in (Status.PENDING, Status.RUNNING)
-
     def status(self) -> dict[str, Any]:
         """Return what the daemon does now, and has done since it was started."""
         projects, now = list(self.projects.values()), time.monotonic()
         (cpu, instant), self._cpu_mark = self._cpu_mark, (time.process_time(), now)
         share = (self._cpu_mark[0] - cpu) / max(1e-6, now - instant)
         statuses = Counter(job.status for job in list(self.jobs.values()))
+        up = int(now - self._began)
+        parts = ((up // 86400, "d"), (up // 3600 % 24, "h"), (up // 60 % 60, "m"), (up % 60, "s"))
         return {
             **_ask_system(int(10 * now)), "cpu-usage": round(100 * share, 1),
             "time": local_time(time.time()), "timezone": "; ".join(time.tzname),
-            "uptime": _describe_seconds(int(now - self._began)),
+            "uptime": " ".join(f"{number}{unit}" for number, unit in parts if number) or "0s",
             "jobs-run": self._counts[Status.RUNNING],
             **{f"jobs-{status.value.lower()}": self._counts[status] for status in COMPLETED},
             "runs-skipped": self._counts["skipped"],
@@ -1553,8 +1546,12 @@ class Daemon:
                 self.save(*fixed, is_fact=True)
             self.save(*self._fire(now), is_fact=True)  # and what the disk did not take before
             self._retire()
-            self._reap_orphans()
             self.dispatch()
+            known = {crawl.pid for crawl in self._crawls.values()}
+            with contextlib.suppress(OSError):  # without file descriptors it has to wait
+                for pid in child_pids(os.getpid()):
+                    if pid not in known and not self._is_hooking:  # a crawl has left it behind
+                        os.waitpid(pid, os.WNOHANG)
         # A wait does not notice that the system clock was set: look once a minute.
         seconds = [RETRY_SECONDS if self.store.is_behind else 60.0]
         seconds += [crawl.deadline - time.monotonic() for crawl in self._crawls.values()]
@@ -1610,14 +1607,6 @@ class Daemon:
         )
         return [job._replace(run=run.identifier), run]
 
-    def _reap_orphans(self) -> None:
-        # Reap processes that crawls left behind and that have ended. `lock` is held.
-        known = {crawl.pid for crawl in self._crawls.values()}
-        with contextlib.suppress(OSError):  # without file descriptors it has to wait
-            for pid in child_pids(os.getpid()):
-                if pid not in known and not self._is_hooking:
-                    os.waitpid(pid, os.WNOHANG)
-
     # Crawls, each in a thread
 
     def dispatch(self) -> None:
@@ -1652,7 +1641,14 @@ class Daemon:
             except Exception as error:  # whatever it is, the slot comes free
                 log_crash(f"the end of job {job.identifier}", error)
         with self.lock:
-            self._save_end(job, crawl, problem)
+            exit_code = crawl.reap() if crawl.pid else None
+            job = self.jobs.get(job.identifier, job)
+            if job.status is Status.RUNNING:
+                job = job._replace(duration=int(time.monotonic() - crawl.began),
+                                   exit_code=exit_code, stats=read_stats(work.with_suffix(".json")))
+                self.save(self._ended(job, exit_code, crawl.was_killed), is_fact=True)
+            elif job.status is Status.PENDING and problem:
+                self.save(self._finish(job, Status.FAILED, problem), is_fact=True)
             del self._crawls[job.identifier]
             self.dispatch()
             self._wake.set()  # finished jobs may be too many, and a stop waits for the last crawl
@@ -1724,18 +1720,6 @@ class Daemon:
             finally:
                 remove_tree(fresh)
             return project
-
-    def _save_end(self, job: Job, crawl: Crawl, problem: str) -> None:
-        # Reap a crawl and save how it ended, or why it was not started. `lock` is held.
-        exit_code = crawl.reap() if crawl.pid else None
-        job = self.jobs.get(job.identifier, job)
-        if job.status is Status.RUNNING:
-            job = job._replace(
-                duration=int(time.monotonic() - crawl.began), exit_code=exit_code,
-                stats=read_stats(self.store.work / f"{job.identifier}.json"))
-            self.save(self._ended(job, exit_code, crawl.was_killed), is_fact=True)
-        elif job.status is Status.PENDING and problem:
-            self.save(self._finish(job, Status.FAILED, problem), is_fact=True)
 
     def _warn_of_results(self, job: Job, work: Path) -> None:
         with contextlib.suppress(OSError, ScrapyDoError):
@@ -1830,13 +1814,6 @@ def _name_jobs(jobs: Sequence[Job]) -> str:
     return ", ".join(shown) + (f" and {len(jobs) - 10} more" if len(jobs) > 10 else "")
 
 
-def _describe_seconds(seconds: int) -> str:
-    # A time span like `1d 12m 24s`, without the parts that are zero.
-    parts = ((seconds // 86400, "d"), (seconds // 3600 % 24, "h"), (seconds // 60 % 60, "m"),
-             (seconds % 60, "s"))
-    return " ".join(f"{number}{unit}" for number, unit in parts if number) or "0s"
-
-
 @functools.lru_cache(maxsize=1)
 def _ask_system(tenth: int) -> dict[str, Any]:
     # Once in a tenth of a second: a system call hands the interpreter to another thread.
@@ -1929,12 +1906,12 @@ class Guard:
     that who listens cannot send a request again, nor another body with its header.
     """
 
-    def __init__(self, rules: argparse.Namespace):
+    def __init__(self, options: argparse.Namespace):
         name = socket.gethostname().lower()
-        self._aliases = {host.lower() for host in rules.allow_host}
+        self._aliases = {host.lower() for host in options.allow_host}
         self._names = {"localhost", name, name.partition(".")[0],
                        *(host.partition(":")[0] for host in self._aliases)}
-        self._users, self._is_tls = rules.users, rules.tls is not None
+        self._users, self._is_tls = options.users, options.tls is not None
         # When each was made, and the proofs.
         self._nonces = {os.urandom(16).hex(): (time.monotonic(), dict[str, object]())}
 
@@ -2224,7 +2201,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def setup(self) -> None:
         super().setup()
         self.rfile: Any = io.BufferedReader(_Reader(self.request, "r"), CHUNK_BYTES)
-        self.is_known = self.server.rules.users is None  # or has shown a password
+        self.is_known = self.server.options.users is None  # or has shown a password
         self.server.connections[self.request] = self
 
     def finish(self) -> None:
@@ -2239,7 +2216,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def handle_one_request(self) -> None:
         self.idle_since = time.monotonic() + (0.0 if self.command else GRACE_SECONDS)
-        self.rfile.raw.deadline = self.idle_since + self.server.rules.request_timeout
+        self.rfile.raw.deadline = self.idle_since + self.server.options.request_timeout
         self.length: int | None = 0  # of the body still to be read; None: unknown, or in chunks
         try:
             super().handle_one_request()
@@ -2309,10 +2286,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self._receive(body, MIB)
             return route.check(_body_fields(body, self.headers, route))
 
-        upload = self.server.daemon.new_upload()
+        upload = self.server.daemon.store.projects / f"{new_identifier()}.zip"
         try:
             with open(upload, "xb+") as file, open(upload, "rb+") as target:
-                self._receive(file, self.server.rules.max_upload * MIB)
+                self._receive(file, self.server.options.max_upload * MIB)
                 # It moves to the start of its own file; a piece is read before it is written over.
                 target.writelines(route.check(_body_fields(file, self.headers, route))["archive"])
                 target.truncate()
@@ -2324,7 +2301,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def _receive(self, file: IO[bytes], most: int) -> None:
         if self.headers.get("expect", "").lower() == "100-continue" and not self.is_old:
             self.request.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
-        self.rfile.raw.deadline = time.monotonic() + self.server.rules.request_timeout
+        self.rfile.raw.deadline = time.monotonic() + self.server.options.request_timeout
         try:
             left = self._next_chunk(b"\r\n") if self.length is None else self.length
             while left:
@@ -2408,7 +2385,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             headers.append(("Content-Range", f"bytes {start}-{end - 1}/{size}"))
         self._send(status, b"", TEXT_TYPE, headers, f"Content-Length: {end - start}")
         if self.command == "GET" and start < end:
-            self.request.settimeout(self.server.rules.request_timeout)  # `sendfile` wants Python's own
+            self.request.settimeout(self.server.options.request_timeout)  # as `sendfile` wants
             if self.request.sendfile(file, start, end - start) < end - start:
                 raise ConnectionAbortedError  # the log was cut short, so no more will come
 
@@ -2417,7 +2394,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self._send(200, b"", TEXT_TYPE, (), "Transfer-Encoding: chunked")
         piece, is_over = b"", False
         while piece or not is_over:
-            is_over = not self.server.daemon.is_logging(identifier)  # asked before the log is read
+            job = self.server.daemon.jobs.get(identifier)  # asked for before the log is read
+            is_over = job is None or job.status not in (Status.PENDING, Status.RUNNING)
             with open_log(path) as file:
                 # A log that has become shorter is new.
                 file.seek(start if start <= os.fstat(file.fileno()).st_size else 0)
@@ -2440,12 +2418,12 @@ _FULL_ANSWER = (
 class Server(http.server.ThreadingHTTPServer):
     """Accept connections, each of which gets a thread."""
 
-    def __init__(self, listening: socket.socket, daemon: Daemon, rules: argparse.Namespace):
+    def __init__(self, listening: socket.socket, daemon: Daemon, options: argparse.Namespace):
         # `server_bind` would ask DNS for a name.
         super().__init__(listening.getsockname()[:2], Handler, bind_and_activate=False)
         self.socket.close()
         self.socket = listening
-        self.daemon, self.rules, self.guard = daemon, rules, Guard(rules)
+        self.daemon, self.options, self.guard = daemon, options, Guard(options)
         self.is_draining = False  # followers of logs are to go
         self.connections: dict[socket.socket, Handler | None] = {}  # None: no thread has it yet
         self._idle = threading.Semaphore(0)  # counts threads without a connection
@@ -2453,7 +2431,7 @@ class Server(http.server.ThreadingHTTPServer):
         listening.setblocking(False)  # `accept` would wait when the client has gone already
         # Connections inherit these. Python's own timeouts double the system calls of an answer.
         listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        seconds = struct.pack("ll", *divmod(int(rules.request_timeout * 1e6), 10**6))
+        seconds = struct.pack("ll", *divmod(int(options.request_timeout * 1e6), 10**6))
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, seconds)
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, seconds)
 
@@ -2471,9 +2449,9 @@ class Server(http.server.ThreadingHTTPServer):
             time.sleep(PLACE_SECONDS)
             return
         try:
-            if self.rules.tls:
-                request.settimeout(self.rules.request_timeout)  # it ignores the inherited timeout
-                request = self.rules.tls.wrap_socket(
+            if self.options.tls:
+                request.settimeout(self.options.request_timeout)  # it ignores the inherited timeout
+                request = self.options.tls.wrap_socket(
                     request, server_side=True, do_handshake_on_connect=False)
             self._make_room()
             self.connections[request] = None
@@ -2489,7 +2467,7 @@ class Server(http.server.ThreadingHTTPServer):
     def _make_room(self) -> None:
         # The connection that is idle for longest gives way, first of those without a password.
         end = time.monotonic() + GRACE_SECONDS
-        while len(self.connections) >= self.rules.max_connections:
+        while len(self.connections) >= self.options.max_connections:
             first = min(filter(None, list(self.connections.values())), default=None,
                         key=lambda handler: (handler.is_known, handler.idle_since))
             if first and (not first.is_known or first.idle_since < time.monotonic()):
