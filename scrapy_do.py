@@ -2534,11 +2534,9 @@ def _parse_option(parse: Callable[..., Any], bounds: Sequence[float], text: str)
 # By group: the name, the default, the name of the value, how it is read, bounds, and the meaning.
 OPTIONS = {
     "where": (
-        ("--host", "127.0.0.1", "HOST", str, (), "address, by default only for this machine "
-         "(%(default)s)"),
+        ("--host", "127.0.0.1", "HOST", str, (), "address, by default only of this machine"),
         ("--port", 7654, "PORT", parse_whole, (0, 65535), "port to listen on, 0 for any"),
-        ("--data-dir", Path("scrapy-do-data"), "DIR", Path, (), "folder in which everything is "
-         "kept (%(default)s)"),
+        ("--data-dir", Path("scrapy-do-data"), "DIR", Path, (), "folder for everything"),
     ),
     "crawls": (
         ("--scrapy", OWN_SCRAPY, "CMD", parse_command, (), "the command that is Scrapy; {project} "
@@ -2546,9 +2544,9 @@ OPTIONS = {
         ("--job-slots", 3, "COUNT", parse_whole, (1, 1000), "crawls that run at once"),
         ("--project-slots", 0, "COUNT", parse_whole, (0, 1000), "of one project, 0: no limit"),
         ("--spider-slots", 0, "COUNT", parse_whole, (0, 1000), "of one spider, 0: no limit"),
-        ("--job-timeout", 0.0, "SECONDS", parse_seconds, (), "of jobs without one, 0: no limit"),
-        ("--kill-after", 30.0, "SECONDS", parse_seconds, (), "from SIGTERM to SIGKILL"),
-        ("--list-timeout", 60.0, "SECONDS", parse_seconds, (1,), "for 'scrapy list' at a push"),
+        ("--job-timeout", 0, "SECONDS", parse_seconds, (), "of jobs without one, 0: no limit"),
+        ("--kill-after", 30, "SECONDS", parse_seconds, (), "from SIGTERM to SIGKILL"),
+        ("--list-timeout", 60, "SECONDS", parse_seconds, (1,), "for 'scrapy list' at a push"),
         ("--on-finish", (), "CMD", parse_command, (), "run after each job, which is its input"),
     ),
     "finished jobs": (
@@ -2562,7 +2560,7 @@ OPTIONS = {
         ("--tls-key", None, "FILE", Path, (), "its private key, if that is in a file of its own"),
         ("--max-upload", 256, "MIB", parse_whole, (1, 10**6), "largest body of a request"),
         ("--max-connections", 256, "COUNT", parse_whole, (1, 10**5), "connections at once"),
-        ("--request-timeout", 60.0, "SECONDS", parse_seconds, (1,), "for a request to arrive"),
+        ("--request-timeout", 60, "SECONDS", parse_seconds, (1,), "for a request to arrive"),
     ),
 }
 
@@ -2579,7 +2577,7 @@ def parse_options(argv: list[str] | None) -> argparse.Namespace:
     for title, rows in OPTIONS.items():
         group = parser.add_argument_group(title)
         for name, default, metavar, parse, bounds, meaning in rows:
-            shown = " (%(default)g)" if parse in (parse_whole, parse_seconds) else ""
+            shown = " (%(default)s)" if default and parse is not parse_command else ""
             read = functools.partial(_parse_option, parse, bounds)
             group.add_argument(name, default=default, metavar=metavar, type=read,
                                help=meaning + shown)
@@ -2644,17 +2642,6 @@ def _tell_supervisor(state: str) -> None:
         wire.sendto(state.encode(), re.sub("^@", "\0", address))  # "" is an OSError
 
 
-def _check_program(host: str) -> None:
-    # The program, maybe a newer version, must be able to start with our options.
-    asked = subprocess.run(
-        [*PROGRAM, "--version", "--host", host], stdin=subprocess.DEVNULL, capture_output=True,
-        text=True, timeout=10.0,  # new clients wait meanwhile
-    )
-    if not asked.stdout.startswith("scrapy-do "):  # the exit status may have been reaped elsewhere
-        problem = (asked.stderr.strip() or "it does not say its version").splitlines()[-1]
-        raise ScrapyDoError(f"the program cannot be started: {problem}")
-
-
 def _reexec(daemon: Daemon, server: Server, signals: socket.socket) -> None:
     # Execute the program anew in this process; return when that is refused, and all goes on, or
     # when there is a signal to look at first. The lock is held, so no child is started or reaped
@@ -2662,7 +2649,13 @@ def _reexec(daemon: Daemon, server: Server, signals: socket.socket) -> None:
     # see execve(2); clients wait at the same socket.
     _tell_supervisor(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
     try:
-        _check_program(server.socket.getsockname()[0])  # the next program keeps this address
+        # The program, maybe a newer version, must be able to start with our options.
+        asked = subprocess.run(
+            [*PROGRAM, "--version", "--host", server.socket.getsockname()[0]], text=True,
+            stdin=subprocess.DEVNULL, capture_output=True, timeout=10.0)  # new clients wait
+        if not asked.stdout.startswith("scrapy-do "):  # the timer may have reaped its exit status
+            problem = (asked.stderr.strip() or "it does not say its version").splitlines()[-1]
+            raise ScrapyDoError(f"the program cannot be started: {problem}")
         log("reloading; crawls run on")
         server.drain(DRAIN_SECONDS)
         with daemon.lock:
@@ -2739,7 +2732,7 @@ def main(argv: list[str] | None = None) -> None:
     options = parse_options(argv)
     try:
         if options.version:
-            read_files(options)  # with all the files, since `_check_program` asks for that
+            read_files(options)  # since `_reexec` asks whether the program would start
             print(f"scrapy-do {__version__}")
         else:
             serve(options, prepare_process())
