@@ -1157,11 +1157,9 @@ class Daemon:
     # Start and stop
 
     def start(self, is_reloaded: bool = False) -> None:
-        """Load the state, take over or end what runs, and go to work. Raise StorageError.
-
-        `is_reloaded` says that crawls of a former program in this process are our children.
-        """
+        """Load the state, take over or end what runs, and go to work. Raise StorageError."""
         projects, jobs = self.store.load()
+        # Crawls of a former program in this process are our children.
         children = child_pids(os.getpid()) if is_reloaded else []
         running = [job for job in jobs.values() if job.status is Status.RUNNING]
         adopted = {job.identifier: job for job in running if job.pid in children}
@@ -1218,8 +1216,7 @@ class Daemon:
     def save(self, *records: Record, is_fact: bool = False) -> None:
         """Put records on the disk, then where readers see them. `lock` is held.
 
-        A fact has happened already: what the disk does not take is written when it does. For all
-        else raise StorageError, and nothing has changed.
+        A fact has happened, and is written as soon as the disk takes it. Else raise StorageError.
         """
         was_behind = self.store.is_behind
         try:
@@ -1277,10 +1274,7 @@ class Daemon:
     # Projects
 
     def push(self, archive: Path) -> dict[str, Any]:
-        """Check an archive, and make it a project or a project's new code.
-
-        Return its name, its spiders, and what Scrapy warned of. The file is kept or deleted.
-        """
+        """Make an archive, which is kept or deleted, a project or a project's new code."""
         try:
             project = unpack(archive, archive.with_suffix(""))
             found = self._list(project)
@@ -1372,15 +1366,13 @@ class Daemon:
 
     # Jobs
 
-    def schedule(
-        self, project: str, spider: Sequence[str], when: str, description: str = "",
-        payload: str = "{}", timeout: str | None = None, priority: str = "0", items: str = "0",
-        arg: Sequence[str] = (), setting: Sequence[str] = (),
-    ) -> dict[str, Any]:
-        """Make a job for each spider, `*` is all, and return their identifiers and next run.
+    def schedule(self, project: str, spider: Sequence[str], when: str, description: str = "",
+                 payload: str = "{}", timeout: str | None = None, priority: str = "0",
+                 items: str = "0", arg: Sequence[str] = (), setting: Sequence[str] = (),
+                 ) -> dict[str, Any]:
+        """Make a job for each spider, `*` is all. All values are texts, as a form has them.
 
-        `payload` is the text of a JSON object, `arg` and `setting` hold NAME=VALUE, `timeout` is
-        the text of a number of seconds; None leaves it to --job-timeout.
+        `timeout` is in seconds; None leaves it to --job-timeout.
         """
         recurrence, now = parse_spec(when), time.time()
         _check_arguments(description, payload, arg, setting)
@@ -1391,16 +1383,11 @@ class Daemon:
             "", now, now, description, payload, tuple(arg), tuple(setting),
             timeout=None if timeout is None else checked("timeout", parse_seconds, timeout, 0.001),
             priority=checked("priority", parse_whole, priority, -(10**6), 10**6),
-            items=bool(checked("items", parse_whole, items, 0, 1)),
-        )
+            items=bool(checked("items", parse_whole, items, 0, 1)))
         with self.lock:
-            jobs = [
-                job._replace(
-                    identifier=new_identifier(), spider=name,
-                    due=None if recurrence is None else recurrence.anchored(now).next_after(now),
-                )
-                for name in self._find_spiders(project, spider)
-            ]
+            jobs = [job._replace(identifier=new_identifier(), spider=name, due=None
+                    if recurrence is None else recurrence.anchored(now).next_after(now))
+                    for name in self._find_spiders(project, spider)]
             self.save(*jobs)
             self.dispatch()
         several = {"identifiers": [job.identifier for job in jobs]} if len(jobs) > 1 else {}
@@ -1421,23 +1408,17 @@ class Daemon:
                            "?status=COMPLETED shows those that --completed-cap keeps")
         return job
 
-    def _select(
-        self, statuses: Collection[Status], project: str | None = None, spider: str | None = None
-    ) -> list[Job]:
+    def _select(self, statuses: Collection[Status], project: str | None = None,
+                spider: str | None = None) -> list[Job]:
         # The jobs in these statuses, the newest change first; None leaves none out.
-        jobs = [job for job in list(self.jobs.values())
-                if job.status in statuses and project in (None, job.project)
-                and spider in (None, job.spider)]
+        jobs = [job for job in list(self.jobs.values()) if job.status in statuses
+                and project in (None, job.project) and spider in (None, job.spider)]
         return sorted(jobs, key=lambda job: job.timestamp, reverse=True)
 
-    def list_jobs(
-        self, id: str | None = None, status: str | None = None, project: str | None = None,
-        spider: str | None = None, scheduled_by: str | None = None, limit: str | None = None,
-    ) -> dict[str, Any]:
-        """Return one job by its `id`, or the jobs in a status or group of them, the newest first.
-
-        Raise BadRequest for another question, and NotFound when there is no such job.
-        """
+    def list_jobs(self, id: str | None = None, status: str | None = None,
+                  project: str | None = None, spider: str | None = None,
+                  scheduled_by: str | None = None, limit: str | None = None) -> dict[str, Any]:
+        """Return one job by its `id`, or the jobs in a status or group of them, newest first."""
         others = (project, spider, scheduled_by, limit)
         if (id is None) is (status is None) or (id is not None and any(others)):
             raise BadRequest("this needs either id or status, as in list-jobs.json?status=ACTIVE")
@@ -1451,13 +1432,11 @@ class Daemon:
         count = None if limit is None else checked("limit", parse_whole, limit, 1, 10**9)
         return {"jobs": [job_text(job) for job in jobs[:count]]}
 
-    def cancel(
-        self, id: str | None = None, project: str | None = None, spider: str | None = None
-    ) -> dict[str, Any]:
-        """Cancel a job, or all active jobs of a project, or of its spider.
+    def cancel(self, id: str | None = None, project: str | None = None,
+               spider: str | None = None) -> dict[str, Any]:
+        """Cancel a job, or all active jobs of a project or its spider, and return when all is gone.
 
-        Return when their crawls are gone; for a project, say how many jobs there were. Raise
-        Conflict for a job that has ended.
+        Raise Conflict for a job that has ended.
         """
         if (id is None) is (project is None) or (id is not None and spider is not None):
             raise BadRequest("cancel-job.json needs either id, or project and maybe spider")
@@ -1517,10 +1496,8 @@ class Daemon:
             **{f"jobs-{status.value.lower()}": self._counts[status] for status in COMPLETED},
             "runs-skipped": self._counts["skipped"],
             **{f"jobs-{status.value.lower()}": statuses[status] for status in ACTIVE},
-            "projects": len(projects),
-            "spiders": sum(len(project.spiders) for project in projects),
-            "daemon-version": __version__,
-        }
+            "projects": len(projects), "spiders": sum(len(each.spiders) for each in projects),
+            "daemon-version": __version__}
 
     # The timer
 
@@ -1603,8 +1580,7 @@ class Daemon:
             return [job]
         run = job._replace(
             identifier=new_identifier(), status=Status.PENDING, actor="SCHEDULER", schedule="now",
-            timestamp=now, origin=now, due=None, run=None, scheduled_by=job.identifier,
-        )
+            timestamp=now, origin=now, due=None, run=None, scheduled_by=job.identifier)
         return [job._replace(run=run.identifier), run]
 
     # Crawls, each in a thread
@@ -1677,9 +1653,8 @@ class Daemon:
             return f"the crawl could not be started: {error!r:.200}"
         return ""
 
-    def _start_scrapy(
-        self, crawl: Crawl, project: Project, words: Sequence[str], logs: Sequence[Path]
-    ) -> list[str]:
+    def _start_scrapy(self, crawl: Crawl, project: Project, words: Sequence[str],
+                      logs: Sequence[Path]) -> list[str]:
         # Start Scrapy in a working copy, and return the command. `lock` is held.
         job, work = crawl.job, self.store.work / crawl.identifier
         folder = work / project.folder
@@ -1691,11 +1666,8 @@ class Daemon:
             "PYTHONIOENCODING": "utf-8", "PYTHONPATH": os.pathsep.join(filter(None, path)),
             "SCRAPY_JOB": crawl.identifier, "SCRAPY_PROJECT": project.name,
             "SCRAPY_SPIDER": job.spider if job else "", "SCRAPY_DO": encode_json(order),
-            # Otherwise Scrapy takes SCRAPY_PROJECT for the name of an option in [settings] of
-            # scrapy.cfg, where most projects have none but `default`.
-            "SCRAPY_SETTINGS_MODULE": SHIM_MODULE,
-        }
-        if not project.settings:
+            "SCRAPY_SETTINGS_MODULE": SHIM_MODULE}
+        if not project.settings:  # then Scrapy has to find them, as it does without us
             del environment["SCRAPY_SETTINGS_MODULE"]
         command = [word.replace("{project}", project.name) for word in self.options.scrapy]
         crawl.start([*command, *words], folder, environment, logs)
@@ -1732,19 +1704,16 @@ class Daemon:
     def _ended(self, job: Job, exit_code: int | None, was_killed: bool) -> Job:
         # A RUNNING job as it is after its end; an exit code of None stands for a crash.
         killed = "; it had to be killed, so its feeds may be cut off; see --kill-after"
-        asked = {
-            "cancel": (Status.CANCELED, BY_USER),
-            "timeout": (Status.FAILED, "it ran longer than its timeout of"
-                        f" {job.timeout or self.options.job_timeout:.15g} s"),
-        }
+        timeout = job.timeout or self.options.job_timeout
+        asked = {"cancel": (Status.CANCELED, BY_USER), "timeout": (
+            Status.FAILED, f"it ran longer than its timeout of {timeout:.15g} s")}
         if job.ending in asked:
             status, why = asked[job.ending]
             return self._finish(job, status, why + (killed if was_killed else ""))
         if job.ending == "stop" or exit_code is None:
             return job._replace(
                 status=Status.PENDING, timestamp=time.time(), pid=None, started=None, ending="",
-                ending_since=None, duration=None, exit_code=None, stats=None,
-            )
+                ending_since=None, duration=None, exit_code=None, stats=None)
         if exit_code == 0:
             return self._finish(job, Status.SUCCESSFUL, None)
         why = f"exit code {exit_code}; its log says why"
@@ -1755,9 +1724,8 @@ class Daemon:
     def _finish(self, job: Job, status: Status, reason: str | None) -> Job:
         return job._replace(
             status=status, reason=reason, timestamp=time.time(), due=None, pid=None, ending="",
-            ending_since=None,
             notice=bool(self.options.on_finish) and job.status is not Status.SCHEDULED,
-        )
+            ending_since=None)
 
     # Commands of --on-finish
 
@@ -1790,9 +1758,8 @@ def checked(name: str, parse: Callable[..., Any], text: str, *bounds: float) -> 
         raise BadRequest(f"the parameter '{name}' {error}") from None
 
 
-def _check_arguments(
-    description: str, payload: str, arg: Sequence[str], setting: Sequence[str]
-) -> None:
+def _check_arguments(description: str, payload: str, arg: Sequence[str],
+                     setting: Sequence[str]) -> None:
     # Scrapy must be able to get all this on its command line.
     texts = (description, payload, *arg, *setting)
     if len("".join(texts).encode("utf-8", "replace")) > ARGUMENT_BYTES:
@@ -1801,8 +1768,8 @@ def _check_arguments(
     try:
         dict(**json.loads(payload))
     except (TypeError, ValueError, RecursionError) as error:
-        message = f'the payload must be a JSON object, like {{"page": 2}}: {error}'
-        raise BadRequest(message) from None
+        raise BadRequest('the payload must be a JSON object, like {"page": 2}: '
+                         f"{error}") from None
     wrong = [f"arg {quoted(a)}" for a in arg if not re.fullmatch(r"[^-=\0\s][^=\0\s]*=[^\0]*", a)]
     wrong += [f"setting {quoted(s)}" for s in setting if not re.fullmatch(r"[^\W\d]\w*=[^\0]*", s)]
     if wrong:
@@ -2517,7 +2484,6 @@ OWN_SCRAPY = (sys.executable, "-m", "scrapy")
 def parse_command(text: str) -> Strings:
     """Split a command as a shell does; a path is taken from where the daemon is started."""
     import shlex
-
     words = shlex.split(text)
     if not words:
         raise ValueError("is empty")
@@ -2572,15 +2538,13 @@ def parse_options(argv: list[str] | None) -> argparse.Namespace:
         description="Keep Scrapy projects, and run their spiders now or on a schedule.",
         epilog="@FILE takes options from a file, one word a line. The README explains all.",
         # To find out the width of a terminal takes argparse imports of 2 ms and 0.6 MiB.
-        formatter_class=functools.partial(argparse.HelpFormatter, width=79, max_help_position=28),
-    )
+        formatter_class=functools.partial(argparse.HelpFormatter, width=79, max_help_position=28))
     for title, rows in OPTIONS.items():
         group = parser.add_argument_group(title)
         for name, default, metavar, parse, bounds, meaning in rows:
             shown = " (%(default)s)" if default and parse is not parse_command else ""
-            read = functools.partial(_parse_option, parse, bounds)
-            group.add_argument(name, default=default, metavar=metavar, type=read,
-                               help=meaning + shown)
+            group.add_argument(name, default=default, metavar=metavar, help=meaning + shown,
+                               type=functools.partial(_parse_option, parse, bounds))
     group.add_argument("--no-auth", action="store_true", help="let in everybody on any --host")
     group.add_argument("--allow-host", metavar="NAME", action="append", default=[],
                        help="one more name of this machine, or NAME:PORT; may be repeated")
@@ -2598,9 +2562,8 @@ def read_files(options: argparse.Namespace) -> None:
     """Read the users and the certificate. Raise ScrapyDoError for what will not do."""
     is_local = options.host.startswith("127.") or options.host in ("::1", "localhost")
     if not (is_local or options.auth_file or options.no_auth):
-        raise ScrapyDoError(f"whoever reaches {options.host} could run code as this user; name"
-                            " users by --auth-file, or say --no-auth if a proxy or firewall"
-                            " checks them")
+        raise ScrapyDoError(f"whoever reaches {options.host} could run code as you: name users by"
+                            " --auth-file, or say --no-auth if a proxy or firewall does")
     if options.on_finish and not shutil.which(options.on_finish[0]):
         raise ScrapyDoError(f"--on-finish {options.on_finish[0]} cannot be executed; mend the"
                             " path, or have it executable by chmod +x")
@@ -2630,9 +2593,9 @@ def _listen(options: argparse.Namespace) -> socket.socket:
     try:  # the kernel keeps so many connections until they are accepted
         return socket.create_server((options.host, options.port), family=family, backlog=1024)
     except OSError as error:
-        raise ScrapyDoError(f"cannot listen on {options.host}, port {options.port}:"
-                            f" {error.strerror or error}; choose another --port or --host, or stop"
-                            " the program that uses it") from None
+        where, why = f"{options.host}, port {options.port}", error.strerror or error
+        raise ScrapyDoError(f"cannot listen on {where}: {why}; choose another --port or --host, or"
+                            " stop the program that uses it") from None
 
 
 def _tell_supervisor(state: str) -> None:
@@ -2700,10 +2663,7 @@ def serve(options: argparse.Namespace, signals: socket.socket) -> None:
 
 
 def prepare_process() -> socket.socket:
-    """Put right what a process may inherit, and return a socket that gets a byte for each signal.
-
-    A signal handler might run too late to end a wait, see signal.set_wakeup_fd.
-    """
+    """Put right what a process may inherit; return a socket that gets a byte for each signal."""
     # A file that is opened while a standard stream is closed would become that stream.
     while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
         pass
@@ -2711,10 +2671,9 @@ def prepare_process() -> socket.socket:
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # if ignored, the kernel keeps no exit codes
     with contextlib.suppress(OSError, AttributeError, ImportError):
         import ctypes
-
         ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER, see prctl(2)
     sys.setswitchinterval(0.001)  # after which a busy thread lets others go on, instead of 5 ms
-
+    # A handler might run too late to end a wait, so there is a socket, see signal.set_wakeup_fd.
     signals, wake = socket.socketpair()
     wake.setblocking(False)
     signal.set_wakeup_fd(wake.detach(), warn_on_full_buffer=False)
