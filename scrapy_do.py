@@ -1952,10 +1952,9 @@ class Guard:
             given = rest.strip()
             wanted = [base64.b64encode(f"{name}:{users[name]}".encode()).decode() for name in users]
         else:
-            raise self._challenge("a password is wanted: curl --anyauth -u NAME; Basic needs TLS")
+            raise self._challenge("a password is wanted: curl --anyauth -u NAME; Basic: TLS only")
         if not any(hmac.compare_digest(given.encode(), proof.encode()) for proof in wanted):
-            log(f"{request.command} {request.path:.100} from {request.client_address[0]} got 401:"
-                " the user or the password is wrong")
+            log(f"{request.command} {request.path:.100} from {request.client_address[0]} got 401")
             request._pause(PENALTY_SECONDS)
             raise self._challenge("the user or the password is wrong")
         if kind == "basic":
@@ -2035,8 +2034,7 @@ def _json_fields(data: bytes, repeatable: Collection[str]) -> Iterator[_Field]:
     try:
         members = dict(**json.loads(_as_text(data, "the JSON body"), object_pairs_hook=_unique))
     except (TypeError, ValueError, RecursionError) as error:
-        raise BadRequest('the body is not JSON with one object, like {"project": "demo"}: '
-                         f"{error!s:.200}") from None
+        raise BadRequest(f"the body is not JSON with one object {{...}}: {error!s:.200}") from None
     for name, value in members.items():
         for item in value if isinstance(value, list) and name in repeatable else [value]:
             number = int(item) if isinstance(item, bool) else item  # as a form would have it
@@ -2133,8 +2131,7 @@ LOG_ROUTE = _Route("get-log", Daemon.status, (), ("follow", "tail"))
 
 def _tail_start(file: IO[bytes], size: int, lines: int) -> int:
     for start in reversed(range(0, size, CHUNK_BYTES)):
-        # The line feed at the very end begins no other line.
-        block = _cut(file, start, min(start + CHUNK_BYTES, size - 1))
+        block = _cut(file, start, min(start + CHUNK_BYTES, size - 1))  # the last LF starts none
         if (count := block.count(b"\n")) >= lines:
             return start + len(block.rsplit(b"\n", lines)[0]) + 1
         lines -= count
@@ -2186,7 +2183,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         except ScrapyDoError as error:
             self._refuse(error)
         except (ConnectionError, BlockingIOError, ssl.SSLError):
-            raise  # to `Server.handle_error`: the client went, no answer will do, or a timeout
+            raise  # to `Server.handle_error`: the client went, a timeout, or to cut the answer
         except OSError as error:
             self._refuse(StorageError(f"the disk does not take it: {error.strerror}"))
         except Exception as error:
@@ -2307,14 +2304,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if not isinstance(answer, bytes):
             answer = (encode_answer(answer) + "\n").encode("utf-8", "backslashreplace")
         self.close_connection = self.close_connection or self.length != 0
-        lines = [
+        head = "\r\n".join([
             f"HTTP/1.1 {status} {self.responses[status][0]}", f"Content-Type: {kind}",
             framing or f"Content-Length: {len(answer)}", f"Date: {self.date_time_string()}",
             "Cache-Control: no-store", "X-Content-Type-Options: nosniff",
             f"Connection: {'close' if self.close_connection else 'keep-alive'}",
             *(f"{name}: {value}" for name, value in headers), "\r\n",
-        ]
-        head = "\r\n".join(lines).encode("latin-1", "replace")
+        ]).encode("latin-1", "replace")
         self.request.sendall(head if self.command == "HEAD" else head + answer)
 
     def _pause(self, seconds: float) -> None:
@@ -2331,8 +2327,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         with open_log(path) as file:
             size = os.fstat(file.fileno()).st_size
             start = _tail_start(file, size, asked["tail"]) if "tail" in asked else 0
-            # HTTP/1.0 has no chunks.
-            if not asked.get("follow") or self.command == "HEAD" or self.is_old:
+            if not asked.get("follow") or self.command == "HEAD" or self.is_old:  # without chunks
                 self._send_part(file, start, size,
                                 "" if "tail" in asked else self.headers.get("range", ""))
                 return
@@ -2374,10 +2369,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 self._pause(0.2)  # between looks: soon for a reader, rare for the disk
 
 
-_FULL_ANSWER = (b"HTTP/1.1 503 Service Unavailable\r\nConnection: close\r\nContent-Length: 123\r\n"
-                b"Content-Type: application/json\r\n\r\n"
-                b'{"status": "error", "msg": "there are too many connections, or no room for a '
-                b'thread; ask later, or see --max-connections"}\n')
+_FULL_ANSWER = (b"HTTP/1.1 503 Service Unavailable\r\nConnection: close\r\nContent-Length: 113\r\n"
+                b'Content-Type: application/json\r\n\r\n{"status": "error", "msg": "too many'
+                b' connections, or no room for a thread; ask later, or see --max-connections"}\n')
 
 
 class Server(http.server.ThreadingHTTPServer):
