@@ -1795,7 +1795,6 @@ BODY_BYTES_PER_SECOND = 10 * 1024  # the least rate of an upload: a slow telepho
 LINGER_SECONDS = 2.0  # for the rest of a refused body, so that the client gets to see the answer
 GRACE_SECONDS = 0.5  # in which a client that has connected may send its request undisturbed
 PLACE_SECONDS = 0.01  # between looks for a place, or a descriptor, for a new connection
-FOLLOW_SECONDS = 0.2  # between looks at a log that is followed
 PENALTY_SECONDS = 1.0  # before a wrong password is answered: slow guessing down
 NONCE_SECONDS = 300  # until there is another Digest nonce; clients fetch it by themselves
 NONCE_USES = 10_000  # until there is another: each use is remembered
@@ -1809,7 +1808,6 @@ TEXT_TYPE = "text/plain; charset=utf-8"
 PAGE_HEADERS = [("Content-Security-Policy",  # nothing from elsewhere, nor a frame that leads clicks
                  "default-src 'none'; connect-src 'self'; script-src 'unsafe-inline'; style-src "
                  "'unsafe-inline'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'")]
-Headers = Sequence[tuple[str, str]]
 
 
 def load_certificate(certificate: Path, key: Path | None) -> ssl.SSLContext:
@@ -1818,10 +1816,9 @@ def load_certificate(certificate: Path, key: Path | None) -> ssl.SSLContext:
     try:
         context.load_cert_chain(certificate, key, "")  # None would ask the terminal for a password
     except (OSError, ValueError) as error:
-        raise ScrapyDoError(
-            f"the certificate in {certificate} cannot be used with the key in {key or certificate}:"
-            f" {error}; if the key has a password, remove it: openssl pkey -in KEY -out NEW"
-        ) from None
+        raise ScrapyDoError(f"the certificate in {certificate} cannot be used with the key in "
+                            f"{key or certificate}: {error}; if the key has a password, remove it:"
+                            " openssl pkey -in KEY -out NEW") from None
     return context
 
 
@@ -1867,11 +1864,7 @@ def _proofs(fields: Mapping[str, str], method: str, users: Mapping[str, str]) ->
 
 
 class Guard:
-    """Refuse what a foreign web page asks a browser for, and who lacks a password.
-
-    For Digest there are two nonces, each with the proofs of a password that have come with it, so
-    that who listens cannot send a request again, nor another body with its header.
-    """
+    """Refuse what a foreign web page asks a browser for, and who lacks a password."""
 
     def __init__(self, options: argparse.Namespace):
         name = socket.gethostname().lower()
@@ -1879,17 +1872,25 @@ class Guard:
         self._names = {"localhost", name, name.partition(".")[0],
                        *(host.partition(":")[0] for host in self._aliases)}
         self._users, self._is_tls = options.users, options.tls is not None
-        # When each was made, and the proofs.
+        # Of Digest: when each was made, and the proofs of a password that have come with it: who
+        # listens cannot send a request again, nor another body with its header.
         self._nonces = {os.urandom(16).hex(): (time.monotonic(), dict[str, object]())}
 
     def check(self, request: Handler) -> None:
         """Raise ScrapyDoError if a request is refused; a wrong password costs a while."""
-        host = request.headers.get("host", "localhost").lower()  # only HTTP/1.0 may lack it
+        headers = request.headers
+        host = headers.get("host", "localhost").lower()  # only HTTP/1.0 may lack it
         if not self._is_own(host):
-            raise Forbidden(f"{quoted(host)} is not a name of this machine; if it should be, start"
-                            " with --allow-host NAME")
+            raise Forbidden(f"{quoted(host)} is not a name of this machine; see --allow-host NAME")
         if request.command not in ("GET", "HEAD"):
-            self._check_page(host, request.headers)
+            origin = headers.get("origin", f"https://{host}").lower()
+            scheme, _, place = origin.partition("://")
+            schemes = ("https",) if self._is_tls else ("https", "http")
+            if (scheme not in schemes or place not in (host, *self._aliases)
+                    or headers.get("sec-fetch-site", "none") not in ("same-origin", "none")):
+                raise Forbidden(f"a page of {quoted(origin)} must not change {quoted(host)}; if it "
+                                "is the daemon's, use 'proxy_set_header Host $http_host' in nginx, "
+                                f"or start with --allow-host {place[:100] or 'NAME'}")
         if self._users is not None:
             self._check_user(request, self._users)
 
@@ -1902,19 +1903,13 @@ class Guard:
             return name in self._names or bool(socket.inet_pton(family, name.strip("[]")))
         return False
 
-    def _check_page(self, host: str, headers: Mapping[str, str]) -> None:
-        origin = headers.get("origin", f"https://{host}").lower()
-        scheme, _, place = origin.partition("://")
-        schemes = ("https",) if self._is_tls else ("https", "http")
-        if (scheme not in schemes or place not in (host, *self._aliases)
-                or headers.get("sec-fetch-site", "none") not in ("same-origin", "none")):
-            raise Forbidden(f"a page of {quoted(origin)} must not change anything at "
-                            f"{quoted(host)}; if it is the daemon's, a proxy must keep the Host "
-                            "('proxy_set_header Host $http_host' in nginx), or start with "
-                            f"--allow-host {place[:100] or 'NAME'}")
-
     def _check_user(self, request: Handler, users: Mapping[str, str]) -> None:
-        self._renew_nonce()
+        # The nonce before the newest is still taken, older ones are not.
+        newest, (made, proofs) = list(self._nonces.items())[-1]
+        now = time.monotonic()
+        if now - made >= NONCE_SECONDS or len(proofs) >= NONCE_USES:
+            self._nonces = {newest: (made, proofs), os.urandom(16).hex(): (now, {})}
+
         scheme, _, rest = request.headers.get("authorization", "").partition(" ")
         kind, fields = scheme.lower(), _parameters_of(rest)
         if kind == "digest":
@@ -1924,11 +1919,9 @@ class Guard:
             given = rest.strip()
             wanted = [base64.b64encode(f"{name}:{users[name]}".encode()).decode() for name in users]
         else:
-            raise self._challenge("a user and a password are wanted here: curl --anyauth -u NAME;"
-                                  " Basic is taken over TLS only")
+            raise self._challenge("a password is wanted: curl --anyauth -u NAME; Basic: TLS only")
         if not any(hmac.compare_digest(given.encode(), proof.encode()) for proof in wanted):
-            log(f"{request.command} {request.path:.100} from {request.client_address[0]} got 401:"
-                " the user or the password is wrong")
+            log(f"{request.command} {request.path:.100} from {request.client_address[0]} got 401")
             request._pause(PENALTY_SECONDS)
             raise self._challenge("the user or the password is wrong")
         if kind == "basic":
@@ -1937,18 +1930,10 @@ class Guard:
         use = object()
         _, uses = self._nonces.get(fields.get("nonce", ""), (0.0, {given: None}))
         if uses.setdefault(given, use) is not use:  # atomic, so one of two at once is the first
-            raise self._challenge(
-                "the nonce is too old, or this request has come before; ask again", ", stale=true")
+            raise self._challenge("this has come before, or its nonce is too old", ", stale=true")
         if (uri := fields.get("uri", "")) != request.path:
             raise BadRequest(f"Digest is for {quoted(uri)}, not {quoted(request.path)}: a proxy has"
                              " changed the path; let it keep the path, or check the passwords")
-
-    def _renew_nonce(self) -> None:
-        # The one before the newest is still taken, older ones are not.
-        newest, (made, uses) = list(self._nonces.items())[-1]
-        now = time.monotonic()
-        if now - made >= NONCE_SECONDS or len(uses) >= NONCE_USES:
-            self._nonces = {newest: (made, uses), os.urandom(16).hex(): (now, {})}
 
     def _challenge(self, message: str, more: str = "") -> ScrapyDoError:
         ways = [f'Digest realm="scrapy-do", nonce="{list(self._nonces)[-1]}", qop="auth"'
@@ -1958,7 +1943,6 @@ class Guard:
 
 
 # A body is a file, on the disk if it has an archive: that may be large, and is read in pieces.
-
 _Field = tuple[str, Iterable[bytes]]  # the name, and the value in pieces
 
 
@@ -1981,16 +1965,13 @@ def _as_text(data: bytes, what: str) -> str:
 
 def _query_fields(data: bytes) -> Iterator[_Field]:
     # A value may be binary, and a stray % stays.
+    unquote = urllib.parse.unquote_to_bytes
     for field in re.finditer(b"[^&]+", data):
         name, _, value = field[0].replace(b"+", b" ").partition(b"=")
         what = f"the name of a parameter (a file is sent by {PUSH_CALL})"
-        yield _as_text(urllib.parse.unquote_to_bytes(name[:999]), what), _unquoted(value)
-
-
-def _unquoted(data: bytes) -> Iterator[bytes]:
-    # Python would take 60 times the memory of an archive to decode it as a whole.
-    for piece in re.finditer(rb"(?s)(?:%[0-9A-Fa-f]{2}|.){1,9999}", data):
-        yield urllib.parse.unquote_to_bytes(piece[0])
+        # To decode an archive as a whole would take 60 times its memory.
+        pieces = re.finditer(rb"(?s)(?:%[0-9A-Fa-f]{2}|.){1,9999}", value)
+        yield _as_text(unquote(name[:999]), what), (unquote(piece[0]) for piece in pieces)
 
 
 def _find(line: bytes, file: IO[bytes], at: int) -> tuple[int, int, bool]:
@@ -2000,12 +1981,10 @@ def _find(line: bytes, file: IO[bytes], at: int) -> tuple[int, int, bool]:
         if match := re.search(line, window):
             return at + match.start(), at + match.end(), match[1] == b"--"
         at += CHUNK_BYTES
-    raise BadRequest("the multipart body has no last boundary: was it cut short, or does its"
-                     " Content-Type lack the boundary?")
+    raise BadRequest("the multipart body was cut short, or its Content-Type lacks the boundary")
 
 
-def _multipart_fields(file: IO[bytes], boundary: str) -> Iterator[_Field]:
-    # See RFC 7578.
+def _multipart_fields(file: IO[bytes], boundary: str) -> Iterator[_Field]:  # RFC 7578
     line = rb"--%b(--|[ \t]{0,64}\r\n)" % re.escape(boundary.encode("latin-1"))
     _, at, is_last = _find(rb"\A" + line, file, 0)
     while not is_last:
@@ -2022,8 +2001,7 @@ def _json_fields(data: bytes, repeatable: Collection[str]) -> Iterator[_Field]:
     try:
         members = dict(**json.loads(_as_text(data, "the JSON body"), object_pairs_hook=_unique))
     except (TypeError, ValueError, RecursionError) as error:
-        raise BadRequest('the body is not JSON with one object, like {"project": "demo"}: '
-                         f"{error!s:.200}") from None
+        raise BadRequest(f"the body is not JSON with one object {{...}}: {error!s:.200}") from None
     for name, value in members.items():
         for item in value if isinstance(value, list) and name in repeatable else [value]:
             number = int(item) if isinstance(item, bool) else item  # as a form would have it
@@ -2077,8 +2055,7 @@ class _Route(NamedTuple):
                 raise TooLarge("a request may have 1000 parameters")
             if name not in self.required + self.optional:
                 raise BadRequest(f"{self.name} has no parameter {quoted(name)}; {self}; with curl,"
-                                 " JSON needs --json, a file -F NAME=@FILE, a value with '&' or '+'"
-                                 " --data-urlencode")
+                                 " JSON needs --json, a file -F, a value with & --data-urlencode")
             if name in values and name not in self.repeatable:
                 raise BadRequest(f"the parameter {quoted(name)} is given twice; {self}")
             kept = value if name == "archive" else _as_text(b"".join(value), f"parameter '{name}'")
@@ -2103,17 +2080,6 @@ def _read_headers(reader: IO[bytes]) -> dict[str, str]:
     return headers
 
 
-def _body_length(headers: Mapping[str, str]) -> int | None:
-    # None stands for a chunked body.
-    coding, length = headers.get("transfer-encoding"), headers.get("content-length", "0")
-    if coding is None and re.fullmatch("[0-9]{1,18}", length):
-        return int(length)
-    if coding is None or coding.lower() != "chunked" or "content-length" in headers:
-        raise BadRequest("the Content-Length is not one number, or beside a Transfer-Encoding, or"
-                         " that is not chunked")
-    return None
-
-
 ROUTES = {f"/{route.name}": route for route in (
     _Route("status.json", Daemon.status),
     _Route("list-projects.json", Daemon.list_projects),
@@ -2132,10 +2098,8 @@ LOG_ROUTE = _Route("get-log", Daemon.status, (), ("follow", "tail"))
 
 def _tail_start(file: IO[bytes], size: int, lines: int) -> int:
     for start in reversed(range(0, size, CHUNK_BYTES)):
-        # The line feed at the very end begins no other line.
-        block = _cut(file, start, min(start + CHUNK_BYTES, size - 1))
-        count = block.count(b"\n")
-        if count >= lines:
+        block = _cut(file, start, min(start + CHUNK_BYTES, size - 1))  # the last LF starts none
+        if (count := block.count(b"\n")) >= lines:
             return start + len(block.rsplit(b"\n", lines)[0]) + 1
         lines -= count
     return 0
@@ -2143,7 +2107,6 @@ def _tail_start(file: IO[bytes], size: int, lines: int) -> int:
 
 class _Reader(socket.SocketIO):
     # Reads a connection until a deadline: a timeout of the socket counts for each read anew.
-
     deadline = 0.0  # on the monotonic clock
 
     def readinto(self, buffer: Any) -> int:
@@ -2154,10 +2117,7 @@ class _Reader(socket.SocketIO):
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
-    """Answer the requests of a connection, one after another, in a thread of its own.
-
-    An OSError of the connection ends it, ConnectionAbortedError cuts the answer for all to see.
-    """
+    """Answer the requests of a connection, one after another, in a thread of its own."""
 
     server: Server
     headers: Any  # a dictionary by lower-case name
@@ -2190,7 +2150,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         except ScrapyDoError as error:
             self._refuse(error)
         except (ConnectionError, BlockingIOError, ssl.SSLError):
-            raise  # to `Server.handle_error`; the second is a timeout of the system
+            raise  # to `Server.handle_error`: the client went, a timeout, or to cut the answer
         except OSError as error:
             self._refuse(StorageError(f"the disk does not take it: {error.strerror}"))
         except Exception as error:
@@ -2207,7 +2167,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.headers = _read_headers(self.rfile)
         if "," in self.headers.get("host", "" if self.is_old else ","):
             raise BadRequest("there must be one Host header")
-        self.length = _body_length(self.headers)
+        coding = self.headers.get("transfer-encoding")
+        length = self.headers.get("content-length", "0")
+        if coding is None and re.fullmatch("[0-9]{1,18}", length):
+            self.length = int(length)
+        elif coding is None or coding.lower() != "chunked" or "content-length" in self.headers:
+            raise BadRequest("there must be one Content-Length, or Transfer-Encoding: chunked")
         self.close_connection = self.is_old or "close" in self.headers.get("connection", "").lower()
         self.server.guard.check(self)
         self.is_known = True
@@ -2230,9 +2195,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
                            " /get-log/data/ID.err or .out, where ID is the identifier of a job")
         methods = ("POST",) if route and route.is_post else ("GET", "HEAD")
         if self.command not in methods:
-            raise ScrapyDoError(f"{quoted(path)} is asked for by {methods[0]}; curl sends a POST"
-                                " with -F or -d, and a GET without them and -X", 405,
-                                [("Allow", ", ".join(methods))])
+            raise ScrapyDoError(f"{quoted(path)} takes {methods[0]}; curl sends POST with -F or -d,"
+                                " else GET, without -X", 405, [("Allow", ", ".join(methods))])
         if route:
             answer = route.answer(self.server.daemon, **self._parameters(route, query))
             self._send(200, {"status": "ok", **answer})
@@ -2302,19 +2266,18 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self._send(error.status, {"status": "error", "msg": str(error)}, headers=error.headers)
 
     def _send(self, status: int, answer: Mapping[str, Any] | bytes, kind: str = "application/json",
-              headers: Headers = (), framing: str = "") -> None:
+              headers: Sequence[tuple[str, str]] = (), framing: str = "") -> None:
         # `framing` is the header that says where the body ends, by default with `answer`.
         if not isinstance(answer, bytes):
             answer = (encode_answer(answer) + "\n").encode("utf-8", "backslashreplace")
         self.close_connection = self.close_connection or self.length != 0
-        lines = [
+        head = "\r\n".join([
             f"HTTP/1.1 {status} {self.responses[status][0]}", f"Content-Type: {kind}",
             framing or f"Content-Length: {len(answer)}", f"Date: {self.date_time_string()}",
             "Cache-Control: no-store", "X-Content-Type-Options: nosniff",
             f"Connection: {'close' if self.close_connection else 'keep-alive'}",
             *(f"{name}: {value}" for name, value in headers), "\r\n",
-        ]
-        head = "\r\n".join(lines).encode("latin-1", "replace")
+        ]).encode("latin-1", "replace")
         self.request.sendall(head if self.command == "HEAD" else head + answer)
 
     def _pause(self, seconds: float) -> None:
@@ -2331,8 +2294,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         with open_log(path) as file:
             size = os.fstat(file.fileno()).st_size
             start = _tail_start(file, size, asked["tail"]) if "tail" in asked else 0
-            # HTTP/1.0 has no chunks.
-            if not asked.get("follow") or self.command == "HEAD" or self.is_old:
+            if not asked.get("follow") or self.command == "HEAD" or self.is_old:  # without chunks
                 self._send_part(file, start, size,
                                 "" if "tail" in asked else self.headers.get("range", ""))
                 return
@@ -2371,15 +2333,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
             if piece or is_over:  # an empty chunk is the last
                 self.request.sendall(b"%x\r\n%b\r\n" % (len(piece), piece))
             else:
-                self._pause(FOLLOW_SECONDS)
+                self._pause(0.2)  # between looks: soon for a reader, rare for the disk
 
 
-_FULL_ANSWER = (
-    b"HTTP/1.1 503 Service Unavailable\r\nConnection: close\r\nContent-Length: 123\r\n"
-    b"Content-Type: application/json\r\n\r\n"
-    b'{"status": "error", "msg": "there are too many connections, or no room for a thread; ask'
-    b' later, or see --max-connections"}\n'
-)
+_FULL_ANSWER = (b"HTTP/1.1 503 Service Unavailable\r\nConnection: close\r\nContent-Length: 113\r\n"
+                b'Content-Type: application/json\r\n\r\n{"status": "error", "msg": "too many'
+                b' connections, or no room for a thread; ask later, or see --max-connections"}\n')
 
 
 class Server(http.server.ThreadingHTTPServer):
@@ -2465,9 +2424,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.is_draining = True
         end = time.monotonic() + seconds
         while (now := time.monotonic()) < end and any(
-            handler is None or handler.idle_since > now
-            for handler in list(self.connections.values())
-        ):
+                not each or each.idle_since > now for each in list(self.connections.values())):
             time.sleep(PLACE_SECONDS)
         self.is_draining = False
 
