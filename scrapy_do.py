@@ -540,7 +540,7 @@ def _decode_field(kind: type[Job | Project], name: str, value: Any) -> Any:
 # then tells the daemon what Scrapy found: neither the project's logging nor its output is read.
 SHIM_MODULE = "scrapy_do_shim"
 SHIM = """
-import atexit, importlib, json, os, sys, warnings
+import atexit, importlib, json, os, pathlib, sys, warnings
 from pydispatch import dispatcher
 from scrapy import exporters, signals
 from scrapy.utils.misc import load_object
@@ -551,8 +551,7 @@ project = importlib.import_module(order["settings"])
 globals().update({name: getattr(project, name) for name in dir(project) if name.isupper()})
 
 def report(**found):
-    with open(order["report"], "w") as file:
-        json.dump(found, file)
+    pathlib.Path(order["report"]).write_text(json.dumps(found))
 
 def report_stats(crawler):
     stats, uncounted = crawler.stats.get_stats(), crawler.settings["LOG_LEVEL"] in ("CRITICAL", 50)
@@ -633,8 +632,7 @@ def parse_state(data: bytes) -> Any:
     try:
         document = json.loads(data)
     except ValueError:
-        # A crash leaves rubbish after a whole document, or a last change that is cut off or has
-        # zeros where the disk was not written.
+        # A crash leaves rubbish after a whole document, or a last change cut off or with zeros.
         whole, end, rest = data.partition(STATE_END)
         former, _, last = data.rpartition(b"\n,")
         if end and not rest and b"\0" not in last:
@@ -655,11 +653,9 @@ def _encode_change(records: Iterable[Record]) -> bytes:
 class Store:
     """The data folder: its lock, the state file, archives, logs and working copies.
 
-    The state file is one JSON document, with a change in each line: a list of records, nearly
-    always of one. The last record of a job or project counts:
+    Each line of the state file is a change, a list of records; the last of a job or project counts:
 
-        {"version": 2, "since": 1790000000.0, "changes": [
-        []
+        {"version": 2, "since": 1790000000.0, "changes": [[]
         ,[{"name": "shop", "push": "1b9d...", "spiders": ["books"]}]
         ,[{"identifier": "0c1f...", "status": "RUNNING", ...}]
         ,[{"identifier": "9a7e...", "gone": true}]
@@ -681,8 +677,7 @@ class Store:
         try:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             if folder.stat().st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-                raise StorageError(f"others may write to {folder}, and so run code as you: run"
-                                   f" 'chmod go-w {folder}'")
+                raise StorageError(f"others may write to the folder: run 'chmod go-w {folder}'")
             # The kernel unlocks it when the process ends or executes another program.
             self.lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -694,8 +689,7 @@ class Store:
             if not path.exists() or path.read_text() != SHIM:  # a crawl may just be reading it
                 path.write_text(SHIM)
         except BlockingIOError:
-            raise StorageError(f"another scrapy_do uses {folder}: stop it, or choose another"
-                               " --data-dir") from None
+            raise StorageError(f"another scrapy_do uses {folder}, see --data-dir") from None
         except OSError as error:
             raise StorageError(f"the data folder cannot be used: {error}; see --data-dir") from None
 
@@ -755,12 +749,11 @@ class Store:
     def rewrite(self, records: Iterable[Record]) -> None:
         """Write the file anew: beside, fsync, rename, fsync the folder. Raise OSError."""
         temporary = self.folder / "state.json.new"
-        with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
-            file.write(f'{{"version": {STATE_VERSION}, "since": {self._since!r}, "changes": [\n[]'
-                       .encode())
-            file.writelines(_encode_change([record]) for record in records)
-            file.write(STATE_END)
-            self._size = file.tell()
+        with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as new:
+            new.write(b'{"version": %d, "since": %r, "changes": [[]' % (STATE_VERSION, self._since))
+            new.writelines(_encode_change([record]) for record in records)
+            new.write(STATE_END)
+            self._size = new.tell()
         sync(temporary)
         os.replace(temporary, self.state_file)
         sync(self.folder)
@@ -783,9 +776,8 @@ def apply_record(record: Record, projects: dict[str, Project], jobs: dict[str, J
 
 PUSH_CALL = "curl -sS .../push-project.json -F archive=@demo.zip"  # as messages advise it
 ARCHIVE_ENTRIES = 10_000
-ARCHIVE_BYTES = 1024 * MIB  # as it comes out
-# Every file of code gets this time when it is unpacked. A crawl shares these files by hard links,
-# and after an in-place write the time is another, whatever the system clock has done meanwhile.
+ARCHIVE_MIB = 1024  # as it comes out
+# The time of each file of code: a crawl that writes into one, through a hard link, changes it.
 CODE_STAMP_NS = 1_600_000_000 * 10**9
 CODE_SUFFIXES = (".py", ".pyc")
 
@@ -793,21 +785,18 @@ CODE_SUFFIXES = (".py", ".pyc")
 def unpack(archive: Path, folder: Path) -> Project:
     """Unpack an archive into a new folder; return what `scrapy.cfg` says, or raise BadRequest."""
     import zipfile
-
     folder.mkdir(mode=0o700)
     try:
         with zipfile.ZipFile(archive) as bundle:
             entries = bundle.infolist()
             if (len(entries) > ARCHIVE_ENTRIES  # and zipfile unpacks no more than these sizes
-                    or sum(entry.file_size for entry in entries) > ARCHIVE_BYTES):
-                raise TooLarge(f"the archive has over {ARCHIVE_ENTRIES} entries, or unpacks to more"
-                               f" than {ARCHIVE_BYTES // MIB} MiB; zip less")
+                    or sum(entry.file_size for entry in entries) > ARCHIVE_MIB * MIB):
+                raise TooLarge(f"it holds over {ARCHIVE_ENTRIES} entries or {ARCHIVE_MIB} MiB")
             for entry in entries:
                 name = entry.filename = entry.filename.replace("\\", "/")  # of Windows
                 mode = entry.external_attr >> 16
                 if stat.S_ISLNK(mode):
-                    raise BadRequest(f"the archive holds a link, {quoted(name)}: zip without"
-                                     " 'zip --symlinks'")
+                    raise BadRequest(f"{quoted(name)} is a link; zip without 'zip --symlinks'")
                 if name.startswith("/") or ".." in name.split("/") or re.match("[A-Za-z]:", name):
                     raise BadRequest(f"the archive holds {quoted(name)}, a path out of its folder")
                 path = bundle.extract(entry, folder)
@@ -819,26 +808,19 @@ def unpack(archive: Path, folder: Path) -> Project:
         if (isinstance(error, ScrapyDoError) or getattr(error, "errno", None)
                 in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EMFILE)):
             raise
-        raise BadRequest(_explain_archive(archive, str(error).replace(f"{folder}/", ""))) from None
+        with open(archive, "rb") as file:
+            start = file.read(30)
+        if start.startswith(b"PK"):
+            problem = str(error).replace(f"{folder}/", "")
+            raise BadRequest(f"the zip cannot be unpacked: {problem:.300}; zip it anew") from None
+        raise BadRequest(f"{start!r:.70} does not start a zip file; 'git archive -o demo.zip HEAD'"
+                         f" makes one; curl sends it only with @: {PUSH_CALL}") from None
     return _read_config(archive.stem, folder, {entry.filename for entry in entries})
-
-
-def _explain_archive(archive: Path, problem: str) -> str:
-    # Return why an archive cannot be unpacked, by the first bytes of the file too.
-    with open(archive, "rb") as file:
-        start = file.read(200)
-    if start.startswith(b"PK"):
-        return f"the zip file is damaged, or cannot be unpacked here: {problem:.300}; zip it anew"
-    if len(start) < 200 and start.isascii():
-        return f"it is the text {quoted(start.decode())}; curl sends files only with @: {PUSH_CALL}"
-    what = "a gzip file (tar.gz?)" if start.startswith(b"\x1f\x8b") else "not a zip file"
-    return f"it is {what}; make a zip, 'git archive -o demo.zip HEAD', and {PUSH_CALL}"
 
 
 def _read_config(push: str, folder: Path, names: Collection[str]) -> Project:
     # The project's name is in [deploy], or in the sections [deploy:TARGET] if these agree.
     import configparser
-
     found = sorted(name for name in names if os.path.basename(name) == "scrapy.cfg")
     if len(found) != 1:
         listed = f"several scrapy.cfg: {', '.join(found):.300}" if found else "no scrapy.cfg"
@@ -853,15 +835,13 @@ def _read_config(push: str, folder: Path, names: Collection[str]) -> Project:
     name = "' and '".join(sorted({*named[:1]} - {""} or {*named} - {""}))
     if not NAME_PATTERN.fullmatch(name):  # which several, put together so, are not either
         raise BadRequest(f"the project cannot be called '{name:.200}'; in scrapy.cfg, add [deploy]"
-                         " with 'project = NAME', which has letters, digits, '_', '-' and '.',"
-                         " at most 100, the first not '.' or '-'")
+                         " with 'project = NAME': up to 100 letters, digits, _, later also - and .")
     settings = config.get("settings", name, fallback=config.get("settings", "default", fallback=""))
     return Project(name, push, os.path.dirname(found[0]), settings.strip(), ())
 
 
 def copy_tree(source: str, target: str) -> bool:
     """Make a working copy; return False when a crawl has written into the code in place."""
-    # Code is hard links, which take a tenth of the time of copies; crawls rarely write to it.
     os.mkdir(target)
     is_clean = True
     with os.scandir(source) as entries:
@@ -872,7 +852,7 @@ def copy_tree(source: str, target: str) -> bool:
             elif entry.name.endswith(CODE_SUFFIXES):
                 is_clean = entry.stat().st_mtime_ns == CODE_STAMP_NS and is_clean
                 try:
-                    os.link(entry.path, path)
+                    os.link(entry.path, path)  # a tenth of the time of a copy
                 except OSError:  # a file system without links, or with too many of them
                     shutil.copy2(entry.path, path)
             else:
@@ -893,9 +873,8 @@ def keep_bytecode(source: Path, target: Path) -> None:
 class Crawl:
     """A command that the daemon has started, with all that descends from it: a crawl or a listing.
 
-    Whatever it leaves behind becomes a child of the daemon, a "child subreaper", see prctl(2). It
-    is known by its session or by SCRAPY_JOB in its environment. Daemon.lock is held by whoever
-    starts, signals or reaps the command, so that its number is never another process's.
+    What it leaves behind becomes a child of the daemon, a subreaper of prctl(2), and is known by
+    session or SCRAPY_JOB. Daemon.lock is held to start, signal or reap it: its pid is no other's.
     """
 
     def __init__(self, identifier: str, job: Job | None = None, pid: int = 0):
@@ -910,33 +889,27 @@ class Crawl:
     def start(self, command: Sequence[str], folder: Path, environment: dict[str, str],
               logs: Sequence[Path]) -> None:
         """Start the command. Raise ScrapyDoError when that fails."""
+        words = [word.encode() for word in command]  # UTF-8, whatever the daemon's locale
         # Opened to append, so that a log which somebody truncates does not get filled with NUL.
         flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK
         try:
             with (open(os.open(logs[0], flags, 0o600), "wb") as out,
                   open(os.open(logs[1], flags, 0o600), "wb") as err):
-                process = subprocess.Popen(
-                    [word.encode() for word in command],  # UTF-8, whatever the daemon's locale
-                    cwd=folder, env=environment, stdin=subprocess.DEVNULL, stdout=out, stderr=err,
-                    start_new_session=True)
+                child = subprocess.Popen(words, cwd=folder, env=environment, stdout=out, stderr=err,
+                                         stdin=subprocess.DEVNULL, start_new_session=True)
         except OSError as error:
-            problem = f"'{command[0]}' cannot be started: {error.strerror}"
-            if not isinstance(error, (FileNotFoundError, PermissionError, NotADirectoryError)):
-                raise StorageError(problem) from None
-            home, is_program, _ = command[0].rpartition("/bin/")
-            how = f"python3 -m venv {home} && {home}/bin/python -m pip install scrapy; "
-            raise BadRequest(f"{problem}; {how if is_program else ''}install Scrapy, or say where"
-                             " it is by --scrapy") from None
-        process.returncode = 0  # so that Popen leaves it to `reap`
-        self.pid, self.began = process.pid, time.monotonic()
+            is_missing = error.errno in (errno.ENOENT, errno.EACCES, errno.EPERM, errno.ENOTDIR)
+            kind = BadRequest if is_missing else StorageError
+            raise kind(f"'{command[0]}' cannot be started: {error.strerror} (--scrapy)") from None
+        child.returncode = 0  # so that Popen leaves it to `reap`
+        self.pid, self.began = child.pid, time.monotonic()
 
     def wait(self, options: int = 0) -> bool:
         """Wait until the command has ended; with os.WNOHANG only tell whether it has."""
         return os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT | options) is not None
 
     def end_rest(self, kill_after: float) -> None:
-        """End what the command left behind: SIGTERM once, SIGKILL after as many seconds."""
-        # They count from when the command was asked to end, if it was.
+        """End what it left behind: SIGTERM once, SIGKILL so many seconds after its first signal."""
         kill_at = min(self.deadline, time.monotonic() + (0.0 if self.was_killed else kill_after))
         find = functools.partial(find_family, self.pid, self.identifier)
         self.was_killed = end_processes(find, kill_at) or self.was_killed
@@ -954,9 +927,8 @@ def outer_environment() -> dict[str, str]:
 
 def crawl_arguments(job: Job) -> list[str]:
     """Return the words after `scrapy` of a crawl. A project's LOG_FILE would hide its log."""
-    payload = [f"payload={job.payload}"] if job.payload != "{}" else []
-    options = [*(("-a", text) for text in (*payload, *job.arg)),
-               *(("-s", text) for text in ("LOG_FILE=", *job.setting))]
+    args = [f"payload={job.payload}", *job.arg] if job.payload != "{}" else job.arg
+    options = [("-a", arg) for arg in args] + [("-s", s) for s in ("LOG_FILE=", *job.setting)]
     return ["crawl", job.spider, *itertools.chain(*options)]
 
 
@@ -990,28 +962,23 @@ def explain_list_error(command: Sequence[str], errors: str, work: Path) -> str:
     _, found, last = errors.replace(f"{work}/", "").rpartition(" (most recent call last):\n")
     own = re.findall('(?m)^  (File "[^/<].*)', last)[-8:]
     lines = [line for line in re.sub(r"\A(?:  .*\n)+", "", last).splitlines() if line.strip()]
-    cure = _missing_module_cure(command, errors, work)
-    if cure and found and not own:  # pip may have a stranger's package of that name
-        cure = "scrapy.cfg or a setting names it; put it into the archive, or install it"
-    why = filter(None, [*(lines[:8] if found else lines[-8:]), cure, *own])
-    return "'scrapy list' failed in the project: " + "\n".join(why)
-
-
-def _missing_module_cure(command: Sequence[str], errors: str, work: Path) -> str:
-    # Return the command that installs a module which `scrapy list` missed, or "".
-    found = re.findall(r"No module named '?(\w+)", errors)
-    if not found or any((work / f"{found[-1]}{suffix}").exists() for suffix in ("", ".py")):
-        return ""  # or a package of a stranger would be advised in place of the project's own
-    python = re.sub("scrapy$", "python", command[0])
-    pip = f"{python} -m pip" if "python" in os.path.basename(python) else "pip"
-    what = ("-r requirements.txt" if found[-1] != "scrapy" and (work / "requirements.txt").exists()
-            else found[-1])
-    return f"install what is missing: {pip} install {what}"
+    why = lines[:8] if found else lines[-8:]
+    missing = "".join(re.findall(r"No module named '?(\w+)", errors)[-1:])
+    # pip may have a stranger's package by the name of what is the project's own.
+    if missing and not any((work / f"{missing}{suffix}").exists() for suffix in ("", ".py")):
+        python = re.sub("scrapy$", "python", command[0])
+        pip = f"{python} -m pip" if "python" in os.path.basename(python) else "pip"
+        if missing != "scrapy" and (work / "requirements.txt").exists():
+            missing = "-r requirements.txt"
+        cure = f"install what is missing: {pip} install {missing}"
+        if found and not own:
+            cure = "scrapy.cfg or a setting names it; put it into the archive, or install it"
+        why.append(cure)
+    return "'scrapy list' failed in the project: " + "\n".join([*why, *own])
 
 
 def end_processes(find: Callable[[], list[psutil.Process]], kill_at: float) -> bool:
-    """End what `find` finds, until it finds nothing; return whether that took SIGKILL."""
-    # Each process gets SIGTERM once, and SIGKILL when time.monotonic has come to `kill_at`.
+    """End all that `find` finds: SIGTERM once, SIGKILL from `kill_at` on. True if it took that."""
     asked: set[psutil.Process] = set()
     is_late = False
     while True:
@@ -1046,8 +1013,7 @@ def child_pids(pid: int) -> list[int]:
 
 
 def _read_environment(process: psutil.Process) -> dict[str, str]:
-    # Return {} for a process that is gone or hidden. Threads of the kernel, which are in no
-    # session, never have an environment; in the middle of exec there is none for a moment.
+    # {} if it is gone or hidden. Amid exec it is empty; a thread of the kernel is in session 0.
     with contextlib.suppress(psutil.Error, ProcessLookupError):
         for _ in range(2):
             if (environment := process.environ()) or not os.getsid(process.pid):
@@ -1073,10 +1039,9 @@ def find_family(leader: int, identifier: str) -> list[psutil.Process]:
 
 def find_strays(spider_data: Path, kept: Collection[str]) -> list[psutil.Process]:
     """Return what a daemon on our folder left running when it died, but for the jobs to keep."""
-    found = [(process, _read_environment(process)) for process in psutil.process_iter()]
-    return [process for process, environment in found
-            if environment.get("SPIDER_DATA_DIR") == str(spider_data)
-            and environment.get("SCRAPY_JOB") not in kept]
+    return [process for process in psutil.process_iter()
+            if (found := _read_environment(process)).get("SPIDER_DATA_DIR") == str(spider_data)
+            and found.get("SCRAPY_JOB") not in kept]
 
 
 # ---- 6. Daemon -------------------------------------------------------------------------------
