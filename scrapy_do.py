@@ -7,8 +7,7 @@
 
     python scrapy_do.py --port 7654
     curl -sS localhost:7654/push-project.json -F archive=@demo.zip
-    curl -sS localhost:7654/schedule-job.json -F project=demo -F spider=toscrape \\
-        -F 'when=every weekday at 6:00'
+    curl -sS localhost:7654/schedule-job.json -F project=demo -F spider=a -F 'when=every day'
 
 How a request becomes a crawl:
 
@@ -84,12 +83,10 @@ __version__ = "0.2.0"
 MIB = 1024 * 1024
 CHUNK_BYTES = 64 * 1024  # read or sent at once: enough to be fast, little enough for many threads
 DAY_SECONDS = 86400
-# A computer without a battery starts in 1970, until the network sets its clock: nothing is due yet.
-SANE_INSTANT = 1_790_000_000  # 2026-09-21: no right clock shows less
+SANE_INSTANT = 1_790_000_000  # 2026-09-21: a clock that shows less, 1970 at boot, is not set yet
 
 
 # ---- 1. Errors and log -----------------------------------------------------------------------
-
 
 class ScrapyDoError(Exception):
     """Tell a user in a sentence what is wrong and what to do; `status` is the HTTP status."""
@@ -161,15 +158,13 @@ DAY_NAMES = {"weekday": frozenset(range(5)), "weekend": frozenset({5, 6}),
 TIME_FORMS = {  # unit: what the first number of its times counts, their form, and examples
     "day": (3600, r"(?a)\d:[0-5]\d|([01]\d|2[0-3]):[0-5]\d(:[0-5]\d)?", "9:30, 18:00 or 23:59:59"),
     "hour": (60, r"(?a)([0-5]\d)?:[0-5]\d", ":15 (minute 15) or 00:15 (second 15)"),
-    "minute": (1, r"(?a):[0-5]\d", ":15 (second 15)"),
-}
+    "minute": (1, r"(?a):[0-5]\d", ":15 (second 15)")}
 SPEC_FORMS = ("now | every [N | A to B] seconds|minutes|hours|days|weeks [at TIME] | "
               "every day|weekday|weekend|monday, friday and sunday [at 6:00 and 18:30]")
 NO_BEGINS = (  # what is wrong with a sentence that begins otherwise than with 'now' or 'every'
     ("@|([0-9*/,-]+ ){3}", "cron syntax is not read"),
     ("(at|in|next|on|once|today|tomorrow|tonight) ", "one-off runs are only possible by 'now'"),
-    ("", "a schedule starts with 'now' or 'every'"),
-)
+    ("", "a schedule starts with 'now' or 'every'"))
 CRON_LINES = {"@hourly": "every hour at :00", "@daily": "every day at 0:00",
               "@weekly": "every sunday at 0:00", "* * * * *": "every minute",
               **{f"*/{n} * * * *": f"every {n} minutes" for n in range(2, 31) if 60 % n == 0}}
@@ -198,7 +193,6 @@ def _instant_of(wall: float) -> float:
 
 class Recurrence(NamedTuple):
     """Say when a schedule is due: every `low` to `high` units, on some weekdays, at some times."""
-
     unit: str
     low: int = 1
     high: int = 1
@@ -217,12 +211,11 @@ class Recurrence(NamedTuple):
         # Beside the units, a weekday may be 7 days away; the rest is for time zones and gaps.
         _want(moment + self.high * size + 9 * DAY_SECONDS <= LAST_INSTANT,
               "the next run may be past the year 9999; choose a shorter interval")
-        count = rng.randint(self.low, self.high)
+        count: int = rng.randint(self.low, self.high)
         if self.unit not in ELAPSED_UNITS:
             return self._next_local(moment, count * size // DAY_SECONDS)
-        return self._next_in_unit(moment, count, size) if self.times else moment + count * size
-
-    def _next_in_unit(self, moment: float, count: int, size: int) -> float:
+        if not self.times:
+            return moment + count * size
         at = self.times[0]
         offset, later = _utc_offset(moment), _utc_offset(moment + size)
         passed = at if count == 1 else 0  # only a single unit may end in the present hour or minute
@@ -295,8 +288,7 @@ def _parse_sentence(rest: list[str]) -> Recurrence | None:
     recurrence = None if rest.pop(0) == "now" else _parse_interval(rest)
     if recurrence and rest[0] == "at":
         unit = recurrence.unit
-        _want(unit in TIME_FORMS,
-              f"{unit}s take no time; weekdays do, as in 'every monday at 12:30'")
+        _want(unit in TIME_FORMS, f"{unit}s take no time; weekdays do: 'every monday at 12:30'")
         rest.pop(0)
         scale, form, examples = TIME_FORMS[unit]
         times = _parse_list(rest, functools.partial(_read_time, scale, form),
@@ -315,9 +307,8 @@ def _parse_interval(rest: list[str]) -> Recurrence:
         rest.pop(0)
         numbers.append(_parse_number(rest, numbers[0]))
     unit = rest[0].removesuffix("s")
-    _want(unit in UNIT_SECONDS,
-          f"a unit of time{'' if numbers else ' or a weekday'} is wanted here")
-    _want(rest[0] != unit or numbers in ([], [1]), "the plural is wanted here")
+    _want(unit in UNIT_SECONDS, f"a unit of time{'' if numbers else ' or a weekday'} is wanted")
+    _want(rest[0] != unit or numbers in ([], [1]), "the plural is wanted")
     recurrence = Recurrence(unit, min(numbers, default=1), max(numbers, default=1))
     _want(recurrence.high * UNIT_SECONDS[unit] <= 36525 * DAY_SECONDS,
           "an interval is at most 100 years")
@@ -327,7 +318,7 @@ def _parse_interval(rest: list[str]) -> Recurrence:
 
 def _parse_number(rest: list[str], least: int) -> int:
     _want(re.fullmatch("[0-9]+", rest[0]) and int(rest[0]) >= least,
-          f"a whole number from {least} is wanted here")
+          f"a whole number from {least} is wanted")
     return int(rest.pop(0))
 
 
@@ -339,7 +330,7 @@ def _read_time(scale: int, form: str, word: str) -> frozenset[int]:
 def _parse_list(rest: list[str], read: Callable[[str], frozenset[int] | None], wanted: str,
                 is_list: bool = True, found: frozenset[int] = frozenset()) -> frozenset[int]:
     values = read(rest[0]) or frozenset()
-    _want(values, f"{wanted} is wanted here")
+    _want(values, f"{wanted} is wanted")
     _want(not found & values, "it is given twice")
     rest.pop(0)
     if not is_list or rest[0] not in (",", "and"):
@@ -381,10 +372,8 @@ def _cron_sentence(words: list[str]) -> str:
 
 # ---- 3. Records (pure) -----------------------------------------------------------------------
 
-
 class Status(str, Enum):
     """Where a job is in its life: three that are active, three that are completed."""
-
     SCHEDULED, PENDING, RUNNING = "SCHEDULED", "PENDING", "RUNNING"
     SUCCESSFUL, FAILED, CANCELED = "SUCCESSFUL", "FAILED", "CANCELED"
 
@@ -397,7 +386,6 @@ Strings = tuple[str, ...]
 
 class Project(NamedTuple):
     """A pushed project. Its archive and its unpacked code are named by `push`."""
-
     name: str
     push: str
     folder: str  # of scrapy.cfg inside the archive, "" for its root
@@ -407,7 +395,6 @@ class Project(NamedTuple):
 
 class Job(NamedTuple):
     """A scheduled, waiting, running or finished job. Instants are POSIX seconds."""
-
     identifier: str
     status: Status
     actor: str  # USER or SCHEDULER
@@ -448,7 +435,6 @@ class Job(NamedTuple):
 
 class Gone(NamedTuple):
     """Say that a job or a project has been removed."""
-
     identifier: str = ""
     name: str = ""
 
@@ -456,9 +442,8 @@ class Gone(NamedTuple):
 Record = Job | Project | Gone
 encode_json = json.JSONEncoder(ensure_ascii=False).encode  # json.dumps makes an encoder each time
 # What may stand in a field of the state file, by the type that it has in JSON.
-JSON_ANNOTATIONS = {str: ("str", "Status"), bool: ("bool",), int: ("int", "float"),
-                    float: ("float",), type(None): ("None",), list: ("Strings",),
-                    dict: ("dict[str, Any]",)}
+JSON_KINDS = {str: ("str", "Status"), bool: ("bool",), int: ("int", "float"), float: ("float",),
+              type(None): ("None",), list: ("Strings",), dict: ("dict[str, Any]",)}
 
 
 def describe(job: Job) -> str:
@@ -492,8 +477,7 @@ def job_text(job: Job) -> str:
         "items": job.items, "timestamp": local_time(job.timestamp),
         "started": local_time(job.started), "duration": job.duration,
         "next_run": local_time(job.due), "exit_code": job.exit_code, "reason": job.reason,
-        "stats": job.stats,
-    })
+        "stats": job.stats})
 
 
 def encode_answer(answer: Mapping[str, Any]) -> str:
@@ -526,7 +510,7 @@ def decode_record(fields: Any) -> Record:
 def _decode_field(kind: type[Job | Project], name: str, value: Any) -> Any:
     # typing.NamedTuple keeps the text of an annotation in a ForwardRef.
     wanted = kind.__annotations__[name].__forward_arg__ if name in kind._fields else ""
-    if {*wanted.split(" | ")}.isdisjoint(JSON_ANNOTATIONS[type(value)]) or (
+    if {*wanted.split(" | ")}.isdisjoint(JSON_KINDS[type(value)]) or (
             "float" in wanted and not 0 <= (value or 0) < LAST_INSTANT):
         raise ValueError(f"no field {quoted(name)} can be {value!r:.60}")
     if isinstance(value, list):
@@ -2625,24 +2609,22 @@ def main(argv: list[str] | None = None) -> None:
 
 PAGE = r"""<!doctype html><html lang="en"><meta charset="utf-8"><title>scrapy-do</title>
 <meta name="viewport" content="width=device-width"><style>
-:root { color-scheme: light dark } h2 { margin: 1em 0 .3em } [type=checkbox] { align-self: start }
-body { max-width: 74rem; margin: auto; padding: .8rem; font: 15px/1.45 system-ui, sans-serif }
-ul { padding: 0; margin: 0 } ul:empty::before { content: attr(data-empty); opacity: .7 }
+:root { color-scheme: light dark } h2 { margin: 1em 0 .3em } [aria-busy=true] { opacity: .5 }
+body { max-width: 74rem; margin: auto; padding: .8rem; font: 15px/1.45 system-ui, sans-serif;
+  overflow-wrap: anywhere } ul { padding: 0; margin: 0 } .wide { grid-template-columns: 1fr auto }
 li { display: grid; grid-template-columns: 3fr 3fr 2fr 16.5rem; gap: 0 1rem; padding: .35rem 0;
-  border-top: 1px solid #8884; overflow-wrap: anywhere } .wide { grid-template-columns: 1fr auto }
-li > *, label, input, select, textarea, button { min-width: 0; max-width: 100%; font: inherit }
-label { display: flex; flex-direction: column; flex: 1 1 15rem; font-size: .85rem }
+  border-top: 1px solid #8884 } li > *, label, input, select, textarea, button { min-width: 0;
+  font: inherit } label { display: flex; flex-flow: column; flex: 1 1 15rem; font-size: .85rem }
 form, .buttons { display: flex; flex-wrap: wrap; gap: .4rem; align-items: end; margin: .3rem 0 }
 li button { font-size: .85rem; text-align: left; place-self: start } .buttons { margin: 0 }
-pre, #message { white-space: pre-wrap; overflow-wrap: anywhere; overflow: auto; max-height: 75vh }
-dialog { width: min(74rem, 100%); box-sizing: border-box } #log { height: 75vh }
+pre, #message { white-space: pre-wrap; overflow: auto; max-height: 75vh } #log { height: 75vh }
+ul:empty::before { content: attr(data-empty); opacity: .7 } [type=checkbox] { align-self: start }
+dialog { width: min(74rem, 100%); box-sizing: border-box } .soft { color: light-dark(#666, #aaa) }
 #message { position: sticky; top: 0; background: Canvas; border: 1px solid; padding: .5rem }
 #message::after { content: "\2715"; cursor: pointer } #message:empty, .empty .used { display: none }
 .bars i { display: inline-block; width: 6px; margin-right: 2px; background: currentColor }
-.soft { color: light-dark(#666, #aaa) } .good { color: light-dark(#1a7f37, #56d364) }
-.bad { color: light-dark(#c62828, #ff8078) } .warn { color: light-dark(#a86400, #e3b341) }
-@media (max-width: 50rem) { li { display: block } } [aria-busy=true] { opacity: .5 }
-</style>
+.good { color: light-dark(#1a7f37, #56d364) } @media (max-width: 50rem) { li { display: block } }
+.bad { color: light-dark(#c62828, #ff8078) } .warn { color: light-dark(#a86400, #e3b341) }</style>
 <h1>scrapy-do</h1><div id="status" class="soft"></div><div id="message" role="status"></div>
 <details id="new" class="used"><summary>Run or schedule a spider</summary><form id="schedule">
   <label>Project<select name="project" required></select></label><datalist id="names"></datalist>
@@ -2657,8 +2639,7 @@ dialog { width: min(74rem, 100%); box-sizing: border-box } #log { height: 75vh }
   <label>A zip of the project<input type="file" name="archive" accept=".zip" required></label>
   <button>Push</button></form>Or by curl:<pre id="curl">git archive -o project.zip HEAD
 curl -sS -F archive=@project.zip </pre></details>
-<main class="used">
-  <label>Search for spiders, projects or identifiers<input type="search" id="search"></label>
+<main class="used"><label>Search spiders, projects, jobs<input type="search" id="search"></label>
   <h2>Running and waiting</h2><ul id="running" data-empty="Nothing runs or waits."></ul>
   <h2>Failed lately</h2><ul id="failed" data-empty="Nothing failed."></ul>
   <h2>Next runs</h2><ul id="scheduled" data-empty="Nothing is scheduled."></ul>
@@ -2698,10 +2679,10 @@ async function act(event, work) {
   pressed.ariaBusy = "false"; await refresh(true);
 }
 const seconds = local => Date.parse(local.slice(0, 19).replace(" ", "T") + "Z") / 1000;
-const lasting = length => length < 120 ? `${length} s` : length < 7200 ? `${length / 60 | 0} min`
+const span = length => length < 120 ? `${length} s` : length < 7200 ? `${length / 60 | 0} min`
   : length < 172800 ? `${length / 3600 | 0} h` : `${length / 86400 | 0} d`;
 const tell = (moment, ago = seconds(now) - seconds(moment)) => moment.slice(5, 19) +
-  (ago < 0 ? `, in ${lasting(-ago)}` : `, ${lasting(ago)} ago`);
+  (ago < 0 ? `, in ${span(-ago)}` : `, ${span(ago)} ago`);
 async function follow({identifier, spider}, stream) {
   const path = `get-log/data/${identifier}.${stream}`, {signal} = reading = new AbortController();
   const note = text => { if (!signal.aborted) find("note").textContent = text; };
@@ -2722,9 +2703,8 @@ function append() {  // ten times a second: a crawl may write faster than a brow
 }
 const colour = ({status, stats}) => status === "FAILED" ? "bad" : status !== "SUCCESSFUL" ? "soft"
   : stats && !stats.items ? "warn" : "good";
-const results = ({stats, duration}) => `took ${lasting(duration || 0)}, ` + (stats ?
-  `${stats.items} items, ${stats.responses} responses, ${stats.errors ?? "?"} errors` :
-  "no statistics");
+const results = ({stats, duration}) => `took ${span(duration || 0)}, ` + (!stats ? "no statistics"
+  : `${stats.items} items, ${stats.responses} responses, ${stats.errors ?? "?"} errors`);
 function bars(runs) {  // the oldest on the left; the height is the logarithm of the items
   const log = run => Math.log1p(run.stats?.items || 0), most = Math.max(...runs.map(log)) || 1;
   return make("div", {className: "bars"}, ...runs.toReversed().map(run => make("i", {role: "img",
@@ -2749,12 +2729,10 @@ function jobRow(job) {
     `Cancel ${spider}, ${job.schedule}?`) && act(it, () => post("cancel-job.json", {id})), about));
   return make("li", {}, who, what, at, acts);
 }
-function projectRow({name, found, open}) {
-  const about = make("summary", {}, make("b", {}, name), ` spiders: ${found.length}`);
-  const remove = button("remove", event => confirm(`Remove the project ${name}?`)
-    && act(event, () => post("remove-project.json", {name})), name);
-  return make("li", {className: "wide"}, make("details", {open}, about, found.join(", ")), remove);
-}
+const projectRow = ({name, found, open}) => make("li", {className: "wide"}, make("details", {open},
+  make("summary", {}, make("b", {}, name), ` spiders: ${found.length}`), found.join(", ")),
+  button("remove", event => confirm(`Remove the project ${name}?`)
+    && act(event, () => post("remove-project.json", {name})), name));
 function show(id, records, row) {  // a row that says the same stays: no button goes under the mouse
   const list = find(id), focus = document.activeElement, rest = records.length - sizes[id];
   const old = new Map([...list.children].map(row => [row.text, row]));
@@ -2790,13 +2768,6 @@ async function loadSpiders() {
   if (spiders.has(chosen)) fields.project.value = chosen;
 }
 const jobsIn = async list => (await ask(`list-jobs.json?status=${list}`)).jobs;
-function arrange([running, waiting, scheduled, finished]) {
-  scheduled.sort((one, other) => one.next_run < other.next_run ? -1 : 1);
-  return {running: [...running, ...waiting], scheduled, finished,
-    failed: finished.filter(job => job.status === "FAILED"),
-    runs: Map.groupBy(finished, job => job.scheduled_by),
-    specs: new Map(scheduled.map(job => [job.identifier, job.schedule]))};
-}
 async function refresh(isForced) {
   const mine = ++turn, begun = performance.now(); next = Infinity;
   try {
@@ -2805,9 +2776,14 @@ async function refresh(isForced) {
     now = status.time;
     if (isForced || news !== counts || begun > loaded + 30000) {
       if (isForced || projects !== code) await loadSpiders();
-      const found = await Promise.all(lists.map(jobsIn));
+      const [running, waiting, scheduled, finished] = await Promise.all(lists.map(jobsIn));
       if (mine !== turn) return;
-      [data, counts, code, loaded] = [arrange(found), news, projects, begun];
+      scheduled.sort((one, other) => one.next_run < other.next_run ? -1 : 1);
+      data = {running: [...running, ...waiting], scheduled, finished,
+        failed: finished.filter(job => job.status === "FAILED"),
+        runs: Map.groupBy(finished, job => job.scheduled_by),
+        specs: new Map(scheduled.map(job => [job.identifier, job.schedule]))};
+      [counts, code, loaded] = [news, projects, begun];
     }
     find("status").textContent = `${status.hostname}, up ${status.uptime}, ${now.slice(0, 19)}: ` +
       ["running", "pending", "scheduled"].map(it => `${status["jobs-" + it]} ${it}`).join(", ");
@@ -2823,16 +2799,14 @@ find("schedule").onsubmit = event => act(event, async () => {
   say([`Next run: ${made.next_run || "when a slot is free"}`, ...made.warnings || []].join("\n"));
 });
 find("push").onsubmit = event => act(event, async () => {
-  say("Pushing...");
-  const made = await ask("push-project.json", new FormData(event.target));
+  say("Pushing..."); const made = await ask("push-project.json", new FormData(event.target));
   say([`${made.name} has ${made.spiders.length} spiders.`, ...made.warnings].join("\n"));
 });
 find("search").oninput = paint; fields.spider.oninput = fields.spider.onfocus = offer;
 find("message").onclick = () => say(""); find("viewer").onclose = () => reading.abort();
 find("curl").textContent += new URL("push-project.json", location);
 setInterval(() => { if (!document.hidden && performance.now() > next) refresh(); }, 3000);
-refresh();</script>
-"""
+refresh();</script>"""
 
 
 if __name__ == "__main__":
