@@ -1208,8 +1208,7 @@ class Daemon:
         # Forget finished jobs that are too many, too old, or too long in all. `lock` is held.
         oldest = time.time() - (self.options.keep_days or 10**6) * DAY_SECONDS
         most = self.options.keep_mib * MIB
-        size = 0
-        gone = []
+        size, gone = 0, list[Gone]()
         for count, job in enumerate(self._select(COMPLETED)):
             size += sum(map(file_size, self.store.log_files(job.identifier))) if most else 0
             is_long = size > most and count > 0  # the newest job stays
@@ -1339,8 +1338,8 @@ class Daemon:
                     for name in self._find_spiders(project, spider)]
             self.save(*jobs)
             self.dispatch()
-        several = {"identifiers": [job.identifier for job in jobs]} if len(jobs) > 1 else {}
         answer = {"identifier": jobs[0].identifier, "next_run": local_time(jobs[0].due)}
+        several = {"identifiers": [job.identifier for job in jobs]} if len(jobs) > 1 else {}
         return {**answer, **several}
 
     def _find_spiders(self, project: str, names: Sequence[str]) -> list[str]:
@@ -1595,12 +1594,12 @@ class Daemon:
                     running = job._replace(status=Status.RUNNING, timestamp=now, started=now)
                     self.save(running._replace(pid=crawl.pid), is_fact=True)
                     self._set_deadline(job, crawl)
+            return ""
         except ScrapyDoError as error:
             return str(error)
         except Exception as error:
             log_crash(f"the start of job {job.identifier}", error)
             return f"the crawl could not be started: {error!r:.200}"
-        return ""
 
     def _start_scrapy(self, crawl: Crawl, project: Project, words: Sequence[str],
                       logs: Sequence[Path]) -> list[str]:
@@ -2512,10 +2511,9 @@ def _tell_supervisor(state: str) -> None:
 
 
 def _reexec(daemon: Daemon, server: Server, signals: socket.socket) -> None:
-    # Execute the program anew in this process; return when that is refused, and all goes on, or
-    # when there is a signal to look at first. The lock is held, so no child is started or reaped
-    # and no record changes until the next program has loaded them. Our children are its children,
-    # see execve(2); clients wait at the same socket.
+    # Execute the program anew in this process; return when that is refused, or when there is a
+    # signal to look at first. The lock is held, so no child is started or reaped and no record
+    # changes until the next program has loaded them. Our children are its children, see execve(2).
     _tell_supervisor(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
     try:
         # The program, maybe a newer version, must be able to start with our options.
@@ -2557,10 +2555,8 @@ def serve(options: argparse.Namespace, signals: socket.socket) -> None:
     url = f"{'https' if options.tls else 'http'}://{host}:{options.port}"
     log(f"scrapy-do {__version__} listens on {url} and keeps everything in {store.folder}")
     _tell_supervisor("READY=1")
-
     while not {signal.SIGTERM, signal.SIGINT} & set(server.serve_until(signals)):
         _reexec(daemon, server, signals)
-
     _tell_supervisor("STOPPING=1")
     log("stopping: crawls are being ended, their jobs will run again at the next start")
     listening.close()

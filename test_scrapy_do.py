@@ -4566,7 +4566,7 @@ def test_a_start_that_cannot_succeed_is_one_sentence_with_the_cure(outside, tmp_
     data = ["--data-dir", str(tmp_path / "other")]
     for options, environment, words in (
         (["--port", str(site.port), *data], {}, (f"cannot listen on 127.0.0.1, port {site.port}", "choose another --port")),
-        (["--host", "0.0.0.0", *data], {}, ("could run code as this user", "--auth-file", "--no-auth")),
+        (["--host", "0.0.0.0", *data], {}, ("could run code as you", "--auth-file", "--no-auth")),
         (["--port", "0", *data, "--on-finish", f"{tmp_path}/hook"], {}, ("--on-finish", "cannot be executed", "chmod +x")),
         (["--port", "0", *data, "--on-finish", "no-such-hook -x"], {}, ("--on-finish no-such-hook cannot be executed",)),
         ([], {"PYTHONPATH": str(tmp_path)}, (f"'{os.path.abspath(sys.executable)} -m pip install psutil'",)),
@@ -4644,8 +4644,8 @@ def test_a_service_manager_is_told_of_the_start_a_reload_and_the_stop(copied, tm
 def test_the_file_stays_short_enough_to_be_read_and_is_what_the_card_says():
     """Growing is a decision: whoever raises a number has looked for the simpler shape."""
     source = MODULE.read_text()
-    assert len(source.splitlines()) <= 3000
-    assert sum(isinstance(node, ast.stmt) for node in ast.walk(ast.parse(source))) <= 1820
+    assert len(source.splitlines()) <= 2815
+    assert sum(isinstance(node, ast.stmt) for node in ast.walk(ast.parse(source))) <= 1785
     assert max(map(len, source.splitlines())) <= 100
     assert re.findall(r"^# ---- ([0-9]+)\. ", source, re.MULTILINE) == [str(number) for number in range(1, 10)]
     assert issubclass(scrapy_do.Server, http.server.ThreadingHTTPServer)
