@@ -875,9 +875,8 @@ class Crawl:
     """
 
     def __init__(self, identifier: str, job: Job | None = None, pid: int = 0):
-        self.identifier = identifier
+        self.identifier, self.pid = identifier, pid  # the pid is 0 until it is started
         self.job = job  # as it was when it got its slot; None for a listing
-        self.pid = pid  # 0 until it is started
         self.began = time.monotonic()
         self.deadline = float("inf")  # by time.monotonic: when the timer ends or kills it
         self.was_killed = False  # it took SIGKILL to end it
