@@ -545,9 +545,6 @@ def report_stats(crawler):
                errors=None if uncounted else int(stats.get("log_count/ERROR", 0)),
                finish_reason=str(stats.get("finish_reason", "")))
 
-def watch(sender):
-    atexit.register(report_stats, sender)  # feeds are stored after the spider closes, and may fail
-
 if order["command"] == "list":
     base = load_object(globals().get("SPIDER_LOADER_CLASS", "scrapy.spiderloader.SpiderLoader"))
     class SPIDER_LOADER_CLASS(base):
@@ -558,7 +555,8 @@ if order["command"] == "list":
             report(spiders=list(map(str, loader.list())), warnings=[str(w.message) for w in caught])
             return loader
 else:  # signals of whatever sender: the project's own collector, extensions and feeds are untouched
-    dispatcher.connect(watch, signals.spider_opened)
+    dispatcher.connect(lambda sender: atexit.register(report_stats, sender), signals.spider_opened,
+                       weak=False)  # feeds are stored after the spider closes, and may fail
     if order["items"]:
         sys.stdout.reconfigure(line_buffering=True, write_through=False)  # a print splits no item
         exporter = exporters.JsonLinesItemExporter(open(1, "ab", buffering=0, closefd=False))
@@ -645,9 +643,8 @@ class Store:
         ,[{"identifier": "9a7e...", "gone": true}]
         ]}
 
-    A change is written over the closing brackets and ends with new ones, in a write and an fsync.
-    So a power cut can only spoil the last change, which nobody has been told of: bytes before a
-    write are taken to be safe, as in SQLite. `append` and `rewrite` want Daemon.lock to be held.
+    With Daemon.lock held, a change is written over the closing brackets, and ends with new ones. A
+    power cut only spoils a change that nobody was told of: bytes before it are safe, as in SQLite.
     """
 
     def __init__(self, folder: Path):
@@ -858,13 +855,12 @@ class Crawl:
     """A command that the daemon has started, with all that descends from it: a crawl or a listing.
 
     What it leaves behind becomes a child of the daemon, a subreaper of prctl(2), and is known by
-    session or SCRAPY_JOB. Daemon.lock is held to start, signal or reap it: its pid is no other's.
+    session or SCRAPY_JOB. Daemon.lock is held to start, signal or reap it, so that `pid` is right.
     """
 
     def __init__(self, identifier: str, job: Job | None = None, pid: int = 0):
-        self.identifier = identifier
+        self.identifier, self.pid = identifier, pid  # the pid is 0 until it is started
         self.job = job  # as it was when it got its slot; None for a listing
-        self.pid = pid  # 0 until it is started
         self.began = time.monotonic()
         self.deadline = float("inf")  # by time.monotonic: when the timer ends or kills it
         self.was_killed = False  # it took SIGKILL to end it
@@ -882,9 +878,9 @@ class Crawl:
                 child = subprocess.Popen(words, cwd=folder, env=environment, stdout=out, stderr=err,
                                          stdin=subprocess.DEVNULL, start_new_session=True)
         except OSError as error:
-            is_missing = error.errno in (errno.ENOENT, errno.EACCES, errno.EPERM, errno.ENOTDIR)
-            kind = BadRequest if is_missing else StorageError
-            raise kind(f"'{command[0]}' cannot be started: {error.strerror} (--scrapy)") from None
+            status = 400 if error.errno in (errno.ENOENT, errno.EACCES, errno.ENOTDIR) else 507
+            raise ScrapyDoError(f"'{command[0]}' cannot be started: {error.strerror}; install it or"
+                                " say where it is by --scrapy", status) from None
         child.returncode = 0  # so that Popen leaves it to `reap`
         self.pid, self.began = child.pid, time.monotonic()
 
@@ -918,10 +914,9 @@ def crawl_arguments(job: Job) -> list[str]:
 
 def read_stats(path: Path) -> dict[str, Any] | None:
     """Return what the shim reports: of a crawl its statistics. None when there is no report."""
-    try:
+    with contextlib.suppress(OSError, ValueError, TypeError):
         return dict(json.loads(path.read_bytes())) or None
-    except (OSError, ValueError, TypeError):
-        return None
+    return None
 
 
 def read_report(path: Path, output: str, work: Path) -> dict[str, Any]:
@@ -997,7 +992,7 @@ def child_pids(pid: int) -> list[int]:
 
 
 def _read_environment(process: psutil.Process) -> dict[str, str]:
-    # {} if it is gone or hidden. Amid exec it is empty; a thread of the kernel is in session 0.
+    # {} if it is gone or hidden, for a moment of exec, and always in the kernel, of session 0.
     with contextlib.suppress(psutil.Error, ProcessLookupError):
         for _ in range(2):
             if (environment := process.environ()) or not os.getsid(process.pid):
@@ -1025,7 +1020,7 @@ def find_strays(spider_data: Path, kept: Collection[str]) -> list[psutil.Process
     """Return what a daemon on our folder left running when it died, but for the jobs to keep."""
     return [process for process in psutil.process_iter()
             if (found := _read_environment(process)).get("SPIDER_DATA_DIR") == str(spider_data)
-            and found.get("SCRAPY_JOB") not in kept]
+            and found.get("SCRAPY_JOB") not in (None, *kept)]
 
 
 # ---- 6. Daemon -------------------------------------------------------------------------------

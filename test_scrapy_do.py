@@ -4351,15 +4351,17 @@ def test_a_crash_after_a_reload_is_like_any_other(outside, tmp_path):
     site.kill()
     assert not is_gone(crawl.pid)
     stranger = {b"SCRAPY_JOB": b"\xff", b"SPIDER_DATA_DIR": bytes(tmp_path / "others"), b"PATH": os.environb[b"PATH"]}
-    with subprocess.Popen(["sleep", "60"], env=stranger) as other:
+    mine = {"SPIDER_DATA_DIR": str(tmp_path / "data/spider-data"), "PATH": os.environ["PATH"]}  # somebody tries a spider
+    with subprocess.Popen(["sleep", "60"], env=stranger) as other, subprocess.Popen(["sleep", "60"], env=mine) as trial:
         site.start()
         assert is_gone(crawl.pid)
         said(site, f"job {job} PENDING")
         release(tmp_path)
         assert site.wait_job(job)["status"] == "SUCCESSFUL"
         assert len(noted(tmp_path)) == 2
-        assert other.poll() is None
+        assert (other.poll(), trial.poll()) == (None, None)
         other.kill()
+        trial.kill()
 
 
 def test_a_stop_at_any_moment_of_a_reload_ends_it_well(outside, tmp_path):
