@@ -89,14 +89,13 @@ SANE_INSTANT = 1_790_000_000  # 2026-09-21: a clock that shows less, 1970 at boo
 # ---- 1. Errors and log -----------------------------------------------------------------------
 
 class ScrapyDoError(Exception):
-    """Tell a user in a sentence what is wrong and what to do; `status` is the HTTP status."""
+    """Tell a user in a sentence what is wrong and what to do, and a client by an HTTP status."""
 
     def __init__(self, message: str, status: int = 500, headers: Sequence[tuple[str, str]] = ()):
         super().__init__(message)
         self.status, self.headers = status, headers
 
 
-# Nobody needs to tell these apart but clients, by the status.
 BadRequest = functools.partial(ScrapyDoError, status=400)  # wrong in itself
 Forbidden = functools.partial(ScrapyDoError, status=403)  # maybe asked for by a foreign web page
 NotFound = functools.partial(ScrapyDoError, status=404)
@@ -128,7 +127,6 @@ def quoted(text: str) -> str:
 def suggest(name: str, known: Collection[str]) -> str:
     """Return a question for the known names that look most like a name; "" when none does."""
     import difflib
-
     near = [quoted(each) for each in difflib.get_close_matches(name[:100], known)]
     return f"did you mean {' or '.join(near)}? " if near else ""
 
@@ -259,7 +257,6 @@ class Recurrence(NamedTuple):
 @functools.lru_cache(maxsize=1024)  # lists of jobs ask for the same few specs again and again
 def parse_spec(text: str) -> Recurrence | None:
     """Return when a job is due; None is 'now'. Raise ScrapyDoError where the spec errs."""
-    # All weekdays and a time for each quarter of an hour fit into 1000.
     _want(len(text) <= 1000, "schedule not understood: it has more than 1000 characters")
     words = re.sub(r",(\s*and\s)?", " , ", text.lower()).split()
     recurrence, left, problem = _read(words)
@@ -309,11 +306,10 @@ def _parse_interval(rest: list[str]) -> Recurrence:
     unit = rest[0].removesuffix("s")
     _want(unit in UNIT_SECONDS, f"a unit of time{'' if numbers else ' or a weekday'} is wanted")
     _want(rest[0] != unit or numbers in ([], [1]), "the plural is wanted")
-    recurrence = Recurrence(unit, min(numbers, default=1), max(numbers, default=1))
-    _want(recurrence.high * UNIT_SECONDS[unit] <= 36525 * DAY_SECONDS,
-          "an interval is at most 100 years")
+    high = max(numbers, default=1)
+    _want(high * UNIT_SECONDS[unit] <= 36525 * DAY_SECONDS, "an interval is at most 100 years")
     rest.pop(0)
-    return recurrence
+    return Recurrence(unit, min(numbers, default=1), high)
 
 
 def _parse_number(rest: list[str], least: int) -> int:
@@ -344,17 +340,16 @@ def _meant(words: list[str], repairs: int = 5) -> str:
     _, left, problem = _read(words)
     if not problem:
         return f"; write '{' '.join(words).replace(' ,', ',')}'"
-    found = _repairs(left[0]) if left and repairs else []
+    if not (left and repairs):
+        return ""
+    word = left[0]
+    known = [form for name in (*UNIT_SECONDS, *DAY_NAMES) for form in (name, f"{name}s")
+             if name.startswith(word.rstrip("s") or word)]
+    found = [*known, f":{word}", f"{word}:00", re.sub("([0-9])([a-z])", r"\1 \2", word),
+             f"every {word}", f"at {word}", f"and {word}"]
     trials = [[*words[: len(words) - len(left)], *repair.split(), *left[1:]] for repair in found]
     better = [trial for trial in trials if len("".join(_read(trial)[1])) < len("".join(left))]
     return _meant(better[0], repairs - 1) if better else ""
-
-
-def _repairs(word: str) -> list[str]:
-    known = [form for name in (*UNIT_SECONDS, *DAY_NAMES) for form in (name, f"{name}s")
-             if name.startswith(word.rstrip("s") or word)]
-    return [*known, f":{word}", f"{word}:00", re.sub("([0-9])([a-z])", r"\1 \2", word),
-            f"every {word}", f"at {word}", f"and {word}"]
 
 
 def _cron_sentence(words: list[str]) -> str:
@@ -483,9 +478,8 @@ def job_text(job: Job) -> str:
 def encode_answer(answer: Mapping[str, Any]) -> str:
     """Return an answer as JSON; the `jobs` in it are JSON texts already."""
     # To encode 10,000 jobs in a call would keep all other threads waiting.
-    if "jobs" not in answer:
-        return encode_json(answer)
-    return f'{{"status": "ok", "jobs": [{", ".join(answer["jobs"])}]}}'
+    jobs = ", ".join(answer.get("jobs", ()))
+    return f'{{"status": "ok", "jobs": [{jobs}]}}' if "jobs" in answer else encode_json(answer)
 
 
 def encode_record(record: Record) -> str:
@@ -2646,7 +2640,7 @@ const lists = ["RUNNING&limit=200", "PENDING&limit=200", "SCHEDULED", "COMPLETED
 const find = id => document.getElementById(id), fields = find("schedule").elements;
 const post = (path, values) => ask(path, new URLSearchParams(values));
 const runsOf = id => (data.runs.get(id) || []).slice(0, 10);
-let data, now, counts, code, spiders, reading, loaded = 0, turn = 0, next = 0, gathered = "";
+let data, now, counts, known, spiders, reading, loaded = 0, turn = 0, next = 0, gathered = "";
 function make(tag, properties, ...children) {
   const element = Object.assign(document.createElement(tag), properties);
   element.append(...children); return element;
@@ -2727,10 +2721,9 @@ const projectRow = ({name, found, open}) => make("li", {className: "wide"}, make
 function show(id, records, row) {  // a row that says the same stays: no button goes under the mouse
   const list = find(id), focus = document.activeElement, rest = records.length - sizes[id];
   const old = new Map([...list.children].map(row => [row.text, row]));
-  const wanted = records.slice(0, sizes[id]).map(it => {
-    const text = JSON.stringify([it, data.specs.get(it.scheduled_by), runsOf(it.identifier)]);
-    return old.get(text) || Object.assign(row(it), {text});
-  });
+  const says = it => JSON.stringify([it, data.specs.get(it.scheduled_by), runsOf(it.identifier)]);
+  const wanted = records.slice(0, sizes[id]).map(it =>
+    old.get(says(it)) || Object.assign(row(it), {text: says(it)}));
   if (rest > 0) wanted.push(make("li", {className: "wide", text: rest}, button(`${rest} more`,
     () => { sizes[id] += 100; paint(); }, id)));
   if (wanted.length === old.size && wanted.every(row => old.has(row.text))) return;
@@ -2747,10 +2740,9 @@ function paint() {
   show("projects", projects.filter(({found}) => found.length), projectRow);
   for (const each of document.querySelectorAll("time")) each.textContent = tell(each.dateTime);
 }
-function offer() {  // browsers are slow with thousands of options
-  const names = spiders.get(fields.project.value) || [], typed = fields.spider.value;
-  find("names").replaceChildren(...options(names.filter(it => it.includes(typed)).slice(0, 100)));
-}
+const offer = () => find("names").replaceChildren(...options(
+  (spiders.get(fields.project.value) || []).filter(it => it.includes(fields.spider.value))
+    .slice(0, 100)));  // browsers are slow with thousands of options
 async function loadSpiders() {
   const {projects} = await ask("list-projects.json"), chosen = fields.project.value;
   spiders = new Map(await Promise.all(projects.map(async project =>
@@ -2762,11 +2754,10 @@ const jobsIn = async list => (await ask(`list-jobs.json?status=${list}`)).jobs;
 async function refresh(isForced) {
   const mine = ++turn, begun = performance.now(); next = Infinity;
   try {
-    const status = await ask("status.json"), projects = `${status.projects} ${status.spiders}`;
-    const news = JSON.stringify({...status, time: 0, uptime: 0, "cpu-usage": 0, "memory-usage": 0});
-    now = status.time;
+    const {time, ...state} = await ask("status.json"), size = `${state.projects} ${state.spiders}`;
+    const news = JSON.stringify({...state, uptime: 0, "cpu-usage": 0, "memory-usage": 0});
     if (isForced || news !== counts || begun > loaded + 30000) {
-      if (isForced || projects !== code) await loadSpiders();
+      if (isForced || size !== known) await loadSpiders();
       const [running, waiting, scheduled, finished] = await Promise.all(lists.map(jobsIn));
       if (mine !== turn) return;
       scheduled.sort((one, other) => one.next_run < other.next_run ? -1 : 1);
@@ -2774,18 +2765,18 @@ async function refresh(isForced) {
         failed: finished.filter(job => job.status === "FAILED"),
         runs: Map.groupBy(finished, job => job.scheduled_by),
         specs: new Map(scheduled.map(job => [job.identifier, job.schedule]))};
-      [counts, code, loaded] = [news, projects, begun];
+      [counts, known, loaded] = [news, size, begun];
     }
-    find("status").textContent = `${status.hostname}, up ${status.uptime}, ${now.slice(0, 19)}: ` +
-      ["running", "pending", "scheduled"].map(it => `${status["jobs-" + it]} ${it}`).join(", ");
+    find("status").textContent = `${state.hostname}, up ${state.uptime}, ${time.slice(0, 19)}: ` +
+      ["running", "pending", "scheduled"].map(it => `${state["jobs-" + it]} ${it}`).join(", ");
     document.body.className = spiders.size || data.finished.length ? "" : "empty";
-    find("pushing").open ||= document.body.className === "empty"; paint();
+    now = time; find("pushing").open ||= document.body.className === "empty"; paint();
   } catch (error) { find("status").textContent = `The daemon does not answer: ${error.message}`; }
   next = begun + 11 * (performance.now() - begun);  // spares a daemon that is busy
 }
 find("schedule").onsubmit = event => act(event, async () => {
   const lines = [...new FormData(event.target)].flatMap(([name, value]) =>
-    (/arg|setting/.test(name) ? value.split("\n") : [value]).map(each => [name, each.trim()]));
+    value.split("\n").map(each => [name, each.trim()]));
   const made = await post("schedule-job.json", lines.filter(([, value]) => value));
   say([`Next run: ${made.next_run || "when a slot is free"}`, ...made.warnings || []].join("\n"));
 });
@@ -2795,9 +2786,8 @@ find("push").onsubmit = event => act(event, async () => {
 });
 find("search").oninput = paint; fields.spider.oninput = fields.spider.onfocus = offer;
 find("message").onclick = () => say(""); find("viewer").onclose = () => reading.abort();
-find("curl").textContent += new URL("push-project.json", location);
 setInterval(() => { if (!document.hidden && performance.now() > next) refresh(); }, 3000);
-refresh();</script>"""
+find("curl").textContent += new URL("push-project.json", location); refresh();</script>"""
 
 
 if __name__ == "__main__":
