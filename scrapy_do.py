@@ -89,7 +89,7 @@ SANE_INSTANT = 1_790_000_000  # 2026-09-21: a clock that shows less, 1970 at boo
 # ---- 1. Errors and log -----------------------------------------------------------------------
 
 class ScrapyDoError(Exception):
-    """Tell a user in a sentence what is wrong and what to do, and a client by an HTTP status."""
+    """Tell a user in a sentence what is wrong and what to do, and clients by an HTTP status."""
 
     def __init__(self, message: str, status: int = 500, headers: Sequence[tuple[str, str]] = ()):
         super().__init__(message)
@@ -443,12 +443,11 @@ JSON_KINDS = {str: ("str", "Status"), bool: ("bool",), int: ("int", "float"), fl
 
 def describe(job: Job) -> str:
     """Return how the log names a job."""
-    when = f" ({job.schedule})" if job.status is Status.SCHEDULED else ""
+    status = f"SCHEDULED ({job.schedule})" if job.status is Status.SCHEDULED else job.status.value
     took = f" after {job.duration} s" if job.duration is not None else ""
     run = f", a run of {job.scheduled_by}" if job.scheduled_by else ""
     end = f", {job.reason}" if job.reason else ""
-    return (f"job {job.identifier} {job.status.value}{when}{took}: {job.project} {job.spider}"
-            f"{run}{end}")
+    return f"job {job.identifier} {status}{took}: {job.project} {job.spider}{run}{end}"
 
 
 def new_identifier() -> str:
