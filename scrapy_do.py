@@ -767,7 +767,7 @@ def unpack(archive: Path, folder: Path) -> Project:
                     or sum(entry.file_size for entry in entries) > ARCHIVE_MIB * MIB):
                 raise TooLarge(f"it holds over {ARCHIVE_ENTRIES} entries or {ARCHIVE_MIB} MiB")
             for entry in entries:
-                name = entry.filename = entry.filename.replace("\\", "/")  # of Windows
+                name = entry.filename = entry.filename.replace("\\", "/")  # from Windows
                 mode = entry.external_attr >> 16
                 if stat.S_ISLNK(mode):
                     raise BadRequest(f"{quoted(name)} is a link; zip without 'zip --symlinks'")
@@ -787,8 +787,9 @@ def unpack(archive: Path, folder: Path) -> Project:
         if start.startswith(b"PK"):
             problem = str(error).replace(f"{folder}/", "")
             raise BadRequest(f"the zip cannot be unpacked: {problem:.300}; zip it anew") from None
-        raise BadRequest(f"{start!r:.70} does not start a zip file; 'git archive -o demo.zip HEAD'"
-                         f" makes one; curl sends it only with @: {PUSH_CALL}") from None
+        kind = " (gzip, tar.gz?)" if start.startswith(b"\x1f\x8b") else ""
+        raise BadRequest(f"{start!r:.70}{kind} does not start a zip file; 'git archive -o demo.zip"
+                         f" HEAD' makes one; curl sends it only with @: {PUSH_CALL}") from None
     return _read_config(archive.stem, folder, {entry.filename for entry in entries})
 
 
@@ -872,8 +873,11 @@ class Crawl:
                                          stdin=subprocess.DEVNULL, start_new_session=True)
         except OSError as error:
             status = 400 if error.errno in (errno.ENOENT, errno.EACCES, errno.ENOTDIR) else 507
-            raise ScrapyDoError(f"'{command[0]}' cannot be started: {error.strerror}; install it or"
-                                " say where it is by --scrapy", status) from None
+            home, is_program, _ = command[0].rpartition("/bin/")
+            how = f"python3 -m venv {home} && {home}/bin/python -m pip install scrapy; "
+            raise ScrapyDoError(f"'{command[0]}' cannot be started: {error.strerror};"
+                                f" {how if is_program else ''}install Scrapy, or say where it is by"
+                                " --scrapy", status) from None
         child.returncode = 0  # so that Popen leaves it to `reap`
         self.pid, self.began = child.pid, time.monotonic()
 
@@ -985,7 +989,7 @@ def child_pids(pid: int) -> list[int]:
 
 
 def _read_environment(process: psutil.Process) -> dict[str, str]:
-    # {} if it is gone or hidden, for a moment of exec, and always in the kernel, of session 0.
+    # {} for what is gone, hidden, or a thread of the kernel (session 0); for a moment in exec too.
     with contextlib.suppress(psutil.Error, ProcessLookupError):
         for _ in range(2):
             if (environment := process.environ()) or not os.getsid(process.pid):

@@ -2175,7 +2175,7 @@ REFUSED_ARCHIVES = {  # name: (how to make it, the status, words of the message)
     # not a zip
     "nothing": (lambda: b"", 400, ["@demo.zip"]),
     "text": (lambda: b"demo.zip", 400, ["b'demo.zip' does not start a zip", "only with @", "-F archive=@demo.zip"]),
-    "tar.gz": (lambda: b"\x1f\x8b\x08" + bytes(500), 400, ["does not start a zip file", *HOW_TO_ZIP]),
+    "tar.gz": (lambda: b"\x1f\x8b\x08" + bytes(500), 400, ["gzip, tar.gz?", *HOW_TO_ZIP]),
     "cut": (lambda: plus()[:-30], 400, ["cannot be unpacked"]),
     "bad deflate": (lambda: damaged(zipfile.ZIP_DEFLATED), 400, ["the zip cannot be unpacked", "zip it anew"]),
     "bad bzip2": (lambda: damaged(zipfile.ZIP_BZIP2), 400, ["zip it anew"]),
@@ -2328,7 +2328,8 @@ def test_each_project_has_its_own_environment(inside, tmp_path):
         job = site.wait_job(site.schedule("talk", project=name))
         assert site.log(job["identifier"]) == f"in the environment of {name}\n"
     home = f"{tmp_path}/envs/other"
-    denied(site.try_push(stub_project("other")), 400, f"'{home}/bin/scrapy' cannot be started", "--scrapy")
+    how = f"python3 -m venv {home} && {home}/bin/python -m pip install scrapy"
+    denied(site.try_push(stub_project("other")), 400, f"'{home}/bin/scrapy' cannot be started", how)
     assert site.get("list-projects")["projects"] == ["bar", "shop"]
 
 
