@@ -41,11 +41,9 @@ import contextlib
 import errno
 import fcntl
 import functools
-import hashlib
 import heapq
-import hmac
 import http.server
-import importlib.util
+import importlib.machinery
 import io
 import itertools
 import json
@@ -1790,6 +1788,7 @@ def _parameters_of(text: str) -> dict[str, str]:
 
 def _proofs(fields: Mapping[str, str], method: str, users: Mapping[str, str]) -> list[str]:
     # What the response of a Digest should be, RFC 7616; nothing for an algorithm that is not known.
+    import hashlib
     algorithm = fields.get("algorithm", "MD5").upper()
     if algorithm not in ALGORITHMS:
         return []
@@ -1844,6 +1843,7 @@ class Guard:
         return False
 
     def _check_user(self, request: Handler, users: Mapping[str, str]) -> None:
+        import hmac
         # The nonce before the newest is still taken, older ones are not.
         newest, (made, proofs) = list(self._nonces.items())[-1]
         now = time.monotonic()
@@ -2472,7 +2472,7 @@ def read_files(options: argparse.Namespace) -> None:
 
 def _warn_of_surroundings(scrapy: Sequence[str]) -> None:
     # What will not work later, though the daemon can start.
-    if scrapy == OWN_SCRAPY and importlib.util.find_spec("scrapy") is None:
+    if scrapy == OWN_SCRAPY and importlib.machinery.PathFinder.find_spec("scrapy") is None:
         log(f"warning: Scrapy is missing; run '{sys.executable} -m pip install scrapy'")
     elif "{project}" not in scrapy[0] and not shutil.which(scrapy[0]):
         log(f"warning: there is no command '{scrapy[0]}'; install it, or see --scrapy")
