@@ -1411,13 +1411,6 @@ class Daemon:
                 os.kill(self._crawls[job.identifier].pid, signal.SIGTERM)
                 self._set_deadline(self.jobs[job.identifier], self._crawls[job.identifier])
 
-    def log_path(self, identifier: str, stream: str) -> Path:
-        """Return the file with the output of a job, which may not exist yet."""
-        if self.find_job(identifier).status is Status.SCHEDULED:
-            raise NotFound("a schedule has no log, its runs have; list-jobs.json?status=COMPLETED"
-                           f"&scheduled_by={identifier} lists them")
-        return self.store.logs / f"{identifier}.{stream}"
-
     def status(self) -> dict[str, Any]:
         """Return what the daemon does now, and has done since it was started."""
         projects, now = list(self.projects.values()), time.monotonic()
@@ -2009,9 +2002,11 @@ def _read_headers(reader: IO[bytes]) -> dict[str, str]:
     # By lower-case name. The reader of http.server is made for mail and could let a second request
     # in: it splits lines at a bare CR, and stops at one that it does not understand.
     headers: dict[str, str] = {}
+    left = 64 * 1024
     while (line := reader.readline(LINE_BYTES)) not in (b"\r\n", b"\n"):
         match = HEADER_LINE.fullmatch(line)
-        if len(line) == LINE_BYTES or len(headers) == 100:
+        left -= len(line)
+        if len(line) == LINE_BYTES or len(headers) == 100 or left < 0:
             raise ScrapyDoError("the headers are too long, or too many", 431)
         if match is None:
             raise BadRequest(f"this is not a header: {quoted(line.decode('latin-1'))}")
@@ -2230,7 +2225,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def _send_log(self, query: str, identifier: str, stream: str) -> None:
         asked = {name: checked(name, parse_whole, text, 0, 10**9)
                  for name, text in self._parameters(LOG_ROUTE, query).items()}
-        path = self.server.daemon.log_path(identifier, stream)
+        if self.server.daemon.find_job(identifier).status is Status.SCHEDULED:
+            raise NotFound("a schedule has no log, its runs have; list-jobs.json?status=COMPLETED"
+                           f"&scheduled_by={identifier} lists them")
+        path = self.server.daemon.store.logs / f"{identifier}.{stream}"
         with open_log(path) as file:
             size = os.fstat(file.fileno()).st_size
             start = _tail_start(file, size, asked["tail"]) if "tail" in asked else 0
@@ -2448,8 +2446,6 @@ def parse_options(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--version", action="store_true", help="say the version, and no more")
     parser.set_defaults(users=None, tls=None)  # until `read_files`
     options = parser.parse_args(argv)
-    if options.auth_file and options.no_auth:
-        parser.error("--auth-file and --no-auth contradict each other")
     if options.tls_key and not options.tls_cert:
         parser.error("--tls-key needs --tls-cert")
     return options
@@ -2480,19 +2476,6 @@ def _warn_of_surroundings(scrapy: Sequence[str]) -> None:
     known = re.match(r"$|(<[^>]+>|[A-Za-z]{3,})[+-]?[0-9]", zone)  # none, or a rule
     if not known and not os.path.exists(os.path.join("/usr/share/zoneinfo", zone)):
         log(f"warning: there is no time zone {quoted(zone)}, so times are UTC; set TZ to another")
-
-
-def _listen(options: argparse.Namespace) -> socket.socket:
-    # After a reload it is the socket of the former program.
-    if HANDOVER in os.environ:
-        return socket.socket(fileno=int(os.environ.pop(HANDOVER)))
-    family = socket.AF_INET6 if ":" in options.host else socket.AF_INET
-    try:  # the kernel keeps so many connections until they are accepted
-        return socket.create_server((options.host, options.port), family=family, backlog=1024)
-    except OSError as error:
-        where, why = f"{options.host}, port {options.port}", error.strerror or error
-        raise ScrapyDoError(f"cannot listen on {where}: {why}; choose another --port or --host, or"
-                            " stop the program that uses it") from None
 
 
 def _tell_supervisor(state: str) -> None:
@@ -2535,7 +2518,15 @@ def _reexec(daemon: Daemon, server: Server, signals: socket.socket) -> None:
 def serve(options: argparse.Namespace, signals: socket.socket) -> None:
     """Run the daemon until a signal stops it. Raise ScrapyDoError when it cannot start."""
     is_reloaded = HANDOVER in os.environ
-    listening = _listen(options)
+    family = socket.AF_INET6 if ":" in options.host else socket.AF_INET
+    try:  # after a reload it is the socket of the former program
+        listening = (socket.socket(fileno=int(os.environ.pop(HANDOVER))) if is_reloaded else
+                     socket.create_server((options.host, options.port), family=family,
+                                          backlog=1024))  # clients until they are accepted
+    except OSError as error:
+        where, why = f"{options.host}, port {options.port}", error.strerror or error
+        raise ScrapyDoError(f"cannot listen on {where}: {why}; choose another --port or --host, or"
+                            " stop the program that uses it") from None
     options.host, options.port = listening.getsockname()[:2]  # after a reload those of before
     read_files(options)
     _warn_of_surroundings(options.scrapy)
