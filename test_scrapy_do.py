@@ -3729,6 +3729,11 @@ def test_a_slow_body_is_408_but_a_steady_one_is_taken(shop, monkeypatch):
         assert line.answer()[0] == 200
 
 
+def is_idle(site, address):
+    handlers = filter(None, list(site.server.connections.values()))
+    return any(each.client_address == address and each.idle_since < time.monotonic() for each in handlers)
+
+
 def test_the_connection_idle_for_longest_gives_way_and_busy_ones_do_not(follow_me, monkeypatch):
     site, identifier, gate = follow_me
     monkeypatch.setattr(scrapy_do, "GRACE_SECONDS", 0.1)
@@ -3740,6 +3745,7 @@ def test_the_connection_idle_for_longest_gives_way_and_busy_ones_do_not(follow_m
         for line in (first, second):
             line.send(head_of())
             line.answer()
+            wait_for(functools.partial(is_idle, site, line.socket.getsockname()))
         # Connections of before may be ending still, and then they are the first to go.
         wait_for(lambda: site.get("status") and select.select([first.socket], [], [], 0)[0])
         assert first.is_closed()
