@@ -43,7 +43,7 @@ import fcntl
 import functools
 import heapq
 import http.server
-import importlib.machinery
+import importlib.util
 import io
 import itertools
 import json
@@ -99,8 +99,8 @@ Forbidden = functools.partial(ScrapyDoError, status=403)  # maybe asked for by a
 NotFound = functools.partial(ScrapyDoError, status=404)
 Conflict = functools.partial(ScrapyDoError, status=409)  # not allowed in the present state
 TooLarge = functools.partial(ScrapyDoError, status=413)
-Unavailable = functools.partial(ScrapyDoError, status=503)  # the daemon stops, or has too much work
-StorageError = functools.partial(ScrapyDoError, status=507)  # the disk did not take a change
+Unavailable = functools.partial(ScrapyDoError, status=503)  # a stop, or an unset clock
+StorageError = functools.partial(ScrapyDoError, status=507)  # the disk, or the data folder
 
 
 def log(message: str) -> None:
@@ -114,7 +114,10 @@ def log(message: str) -> None:
 def log_crash(what: str, error: Exception) -> None:
     """Write an exception that nobody expected, with its traceback."""
     log(f"{what} failed: {error!r}")
-    sys.excepthook(type(error), error, error.__traceback__)
+    with contextlib.suppress(OSError):  # no file descriptor may be left to read the module
+        import traceback
+        for line in "".join(traceback.format_exception(error)).splitlines():
+            log(line)
 
 
 def quoted(text: str) -> str:
@@ -570,7 +573,9 @@ def sync(*paths: Path) -> None:
 
 def file_size(path: Path) -> int:
     """Return the length of a file in bytes; 0 when there is none."""
-    return path.lstat().st_size if os.path.lexists(path) else 0
+    with contextlib.suppress(OSError):
+        return path.lstat().st_size
+    return 0
 
 
 def remove_tree(path: Path) -> None:
@@ -613,8 +618,9 @@ def parse_state(data: bytes) -> Any:
         document = json.loads((whole if rest else former) + STATE_END)
         log("a crash has cut off the last change of the state file, which is left out")
     version = document.get("version") if isinstance(document, dict) else None
-    if version != STATE_VERSION:
-        raise ValueError(f"version {version!r}, this scrapy_do reads version {STATE_VERSION}")
+    if version != STATE_VERSION or not isinstance(document.get("changes"), list):
+        raise ValueError(f"version {version!r}, this scrapy_do reads version {STATE_VERSION} with a"
+                         " list of 'changes'")
     return document
 
 
@@ -649,7 +655,7 @@ class Store:
         try:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             if folder.stat().st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-                raise StorageError(f"others may write to the folder: run 'chmod go-w {folder}'")
+                raise StorageError(f"others could run code as you: 'chmod go-w {folder}'")
             # The kernel unlocks it when the process ends or executes another program.
             self.lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -661,7 +667,7 @@ class Store:
             if not path.exists() or path.read_text() != SHIM:  # a crawl may just be reading it
                 path.write_text(SHIM)
         except BlockingIOError:
-            raise StorageError(f"another scrapy_do uses {folder}, see --data-dir") from None
+            raise StorageError(f"another scrapy_do uses {folder}; see --data-dir") from None
         except OSError as error:
             raise StorageError(f"the data folder cannot be used: {error}; see --data-dir") from None
 
@@ -670,10 +676,12 @@ class Store:
         records: tuple[dict[str, Project], dict[str, Job]] = {}, {}
         try:
             if not os.path.lexists(self.state_file):
-                self.rewrite([])  # from now on leftovers are known to be ours
+                with contextlib.suppress(OSError):  # from now on leftovers are known to be ours
+                    self.rewrite([])
+                return records
             document = parse_state(self.state_file.read_bytes())
             self._since = float(document.get("since", self._since))
-            for fields in itertools.chain(*document.get("changes")):
+            for fields in itertools.chain(*document["changes"]):
                 apply_record(decode_record(fields), *records)
         except (OSError, ValueError, TypeError, RecursionError) as error:
             raise StorageError(f"{self.state_file} cannot be read: {error}; nothing was changed;"
@@ -763,7 +771,7 @@ def unpack(archive: Path, folder: Path) -> Project:
             entries = bundle.infolist()
             if (len(entries) > ARCHIVE_ENTRIES  # and zipfile unpacks no more than these sizes
                     or sum(entry.file_size for entry in entries) > ARCHIVE_MIB * MIB):
-                raise TooLarge(f"it holds over {ARCHIVE_ENTRIES} entries or {ARCHIVE_MIB} MiB")
+                raise TooLarge(f"it unpacks to over {ARCHIVE_ENTRIES} entries or {ARCHIVE_MIB} MiB")
             for entry in entries:
                 name = entry.filename = entry.filename.replace("\\", "/")  # from Windows
                 mode = entry.external_attr >> 16
@@ -786,8 +794,8 @@ def unpack(archive: Path, folder: Path) -> Project:
             problem = str(error).replace(f"{folder}/", "")
             raise BadRequest(f"the zip cannot be unpacked: {problem:.300}; zip it anew") from None
         kind = " (gzip, tar.gz?)" if start.startswith(b"\x1f\x8b") else ""
-        raise BadRequest(f"{start!r:.70}{kind} does not start a zip file; 'git archive -o demo.zip"
-                         f" HEAD' makes one; curl sends it only with @: {PUSH_CALL}") from None
+        raise BadRequest(f"it begins with {start!r:.70}{kind}, so it is no zip: 'git archive -o"
+                         f" demo.zip HEAD' makes one; send it only with @: {PUSH_CALL}") from None
     return _read_config(archive.stem, folder, {entry.filename for entry in entries})
 
 
@@ -808,7 +816,7 @@ def _read_config(push: str, folder: Path, names: Collection[str]) -> Project:
     name = "' and '".join(sorted({*named[:1]} - {""} or {*named} - {""}))
     if not NAME_PATTERN.fullmatch(name):  # which several, put together so, are not either
         raise BadRequest(f"the project cannot be called '{name:.200}'; in scrapy.cfg, add [deploy]"
-                         " with 'project = NAME': up to 100 letters, digits, _, later also - and .")
+                         " with 'project = NAME', up to 100 letters, digits, _, inside - and . too")
     settings = config.get("settings", name, fallback=config.get("settings", "default", fallback=""))
     return Project(name, push, os.path.dirname(found[0]), settings.strip(), ())
 
@@ -861,7 +869,7 @@ class Crawl:
     def start(self, command: Sequence[str], folder: Path, environment: dict[str, str],
               logs: Sequence[Path]) -> None:
         """Start the command. Raise ScrapyDoError when that fails."""
-        words = [word.encode() for word in command]  # UTF-8, whatever the daemon's locale
+        words = [word.encode("utf-8", "surrogateescape") for word in command]  # in any locale
         # Opened to append, so that a log which somebody truncates does not get filled with NUL.
         flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK
         try:
@@ -873,9 +881,9 @@ class Crawl:
             status = 400 if error.errno in (errno.ENOENT, errno.EACCES, errno.ENOTDIR) else 507
             home, is_program, _ = command[0].rpartition("/bin/")
             how = f"python3 -m venv {home} && {home}/bin/python -m pip install scrapy; "
-            raise ScrapyDoError(f"'{command[0]}' cannot be started: {error.strerror};"
-                                f" {how if is_program else ''}install Scrapy, or say where it is by"
-                                " --scrapy", status) from None
+            cure = f"; {how if is_program else ''}install Scrapy, or say where it is by --scrapy"
+            raise ScrapyDoError(f"'{command[0]}' cannot be started: {error.strerror}"
+                                f"{cure if status == 400 else ''}", status) from None
         child.returncode = 0  # so that Popen leaves it to `reap`
         self.pid, self.began = child.pid, time.monotonic()
 
@@ -932,7 +940,7 @@ def read_report(path: Path, output: str, work: Path) -> dict[str, Any]:
 
 def explain_list_error(command: Sequence[str], errors: str, work: Path) -> str:
     """Return why `scrapy list` failed: the exception, its cure, then the project's own frames."""
-    # The last traceback is of what ended the program. `work` is where scrapy.cfg is.
+    # The last traceback is the one that ended the program. `work` is where scrapy.cfg is.
     _, found, last = errors.replace(f"{work}/", "").rpartition(" (most recent call last):\n")
     own = re.findall('(?m)^  (File "[^/<].*)', last)[-8:]
     lines = [line for line in re.sub(r"\A(?:  .*\n)+", "", last).splitlines() if line.strip()]
@@ -987,7 +995,7 @@ def child_pids(pid: int) -> list[int]:
 
 
 def _read_environment(process: psutil.Process) -> dict[str, str]:
-    # {} for what is gone, hidden, or a thread of the kernel (session 0); for a moment in exec too.
+    # {} if it is gone, hidden, or in the kernel (session 0). In the middle of exec it shows none.
     with contextlib.suppress(psutil.Error, ProcessLookupError):
         for _ in range(2):
             if (environment := process.environ()) or not os.getsid(process.pid):
@@ -1036,7 +1044,7 @@ class Waiting:
     def __init__(self, options: argparse.Namespace):
         self._options = options
         self._numbers = itertools.count()
-        self._lines: dict[Any, list[tuple[int, float, int, Job]]] = {}  # heaps
+        self._lines: dict[Any, list[tuple[int, int, Job]]] = {}  # heaps
 
     def _limits(self, job: Job) -> tuple[tuple[Any, int], ...]:
         # What a job counts for, with the limits; runs of one schedule never overlap.
@@ -1047,7 +1055,7 @@ class Waiting:
 
     def put(self, job: Job) -> None:
         """Have a job wait."""
-        entry = (-job.priority, job.origin, next(self._numbers), job)
+        entry = (-job.priority, next(self._numbers), job)
         heapq.heappush(self._lines.setdefault(self._limits(job), []), entry)
 
     def pop(self, running: Collection[Job]) -> Job | None:
@@ -1086,7 +1094,7 @@ class Daemon:
         self._crawls: dict[str, Crawl] = {}  # of each job that has a slot, and each `scrapy list`
         self._is_hooking = False  # the command of --on-finish runs, which is not ours to reap
         self._due: list[tuple[float, str]] = []  # heap of schedules; entries may be stale
-        self._counts = Counter[str]()  # since the start, for status.json
+        self._counts = Counter[Any]()  # since the start, for status.json
         self._wake = threading.Event()  # the timer is to look again
         self._notices: queue.SimpleQueue[Job] = queue.SimpleQueue()  # jobs to tell --on-finish of
         self._began = time.monotonic()
@@ -1109,11 +1117,13 @@ class Daemon:
         with self.lock:
             self.projects.update(projects)
             self.jobs.update(jobs)
-            for job in jobs.values():
-                self._apply(job)
             left = [job for job in jobs.values() if job.identifier not in adopted]
+            # What was interrupted had come before all that waits.
             self.save(*filter(None, map(self._recover, left)), is_fact=True)
-            self._counts[Status.RUNNING] = len(adopted)
+            for job in jobs.values():
+                if self.jobs[job.identifier] is job:
+                    self._apply(job)
+            self._counts = Counter({Status.RUNNING: len(adopted)})
             for job in adopted.values():
                 self._set_deadline(job, self._start_thread(job))
             self.dispatch()
@@ -1122,8 +1132,8 @@ class Daemon:
             threading.Thread(target=self._run_hooks, name="on-finish", daemon=True).start()
 
     def _recover(self, job: Job) -> Job | None:
-        # What becomes of a job after a stop or a crash, or when the clock was set back: then a due
-        # time may be further away than any can be. None leaves the job as it is.
+        # Return a job as it must be after a stop, a crash or a clock set back, after which a due
+        # time may be later than the spec allows; None for no change.
         now = time.time()
         try:
             if job.status not in COMPLETED:
@@ -1139,7 +1149,7 @@ class Daemon:
         return None
 
     def close(self) -> None:
-        """End all crawls, whose jobs become PENDING again, save the state, and end all threads."""
+        """End all crawls, whose jobs become PENDING again, save the state, and wait for threads."""
         with self.lock:
             self.is_closing = True
             self._end(self._select([Status.RUNNING]), "stop")
@@ -1155,12 +1165,12 @@ class Daemon:
     def save(self, *records: Record, is_fact: bool = False) -> None:
         """Put records on the disk, then where readers see them. `lock` is held.
 
-        A fact has happened, and is written as soon as the disk takes it. Else raise StorageError.
+        What the disk does not take raises StorageError, but a fact, which is written later.
         """
         was_behind = self.store.is_behind
         try:
             while (records or was_behind) and not self.store.append(records):
-                # Without the change, which may be refused yet.
+                # Without the change: to append it may still fail.
                 self.store.rewrite([*self.projects.values(), *self.jobs.values()])
         except OSError as error:
             self.store.is_behind = True  # a write without its fsync may still reach the disk
@@ -1195,7 +1205,7 @@ class Daemon:
                 self._counts[record.status] += 1
 
     def _retire(self) -> None:
-        # Forget finished jobs that are too many, too old, or too long in all. `lock` is held.
+        # Forget finished jobs that are too many, too old, or have too much log. `lock` is held.
         oldest = time.time() - (self.options.keep_days or 10**6) * DAY_SECONDS
         most = self.options.keep_mib * MIB
         size, gone = 0, list[Gone]()
@@ -1212,7 +1222,7 @@ class Daemon:
     # Projects
 
     def push(self, archive: Path) -> dict[str, Any]:
-        """Make an archive, which is kept or deleted, a project or a project's new code."""
+        """Make an archive a project or a project's new code; delete it on failure."""
         try:
             project = unpack(archive, archive.with_suffix(""))
             found = self._list(project)
@@ -1221,8 +1231,7 @@ class Daemon:
             with self.lock:
                 active = self._select(ACTIVE, project.name)
                 if lost := [job for job in active if job.spider not in project.spiders]:
-                    raise Conflict("the new code lacks spiders of active jobs; cancel them first: "
-                                   + _name_jobs(lost))
+                    raise Conflict(f"cancel the jobs whose spiders it lacks: {_name_jobs(lost)}")
                 former = self.projects.get(project.name)
                 self.save(project)
         except BaseException:
@@ -1348,7 +1357,7 @@ class Daemon:
 
     def _select(self, statuses: Collection[Status], project: str | None = None,
                 spider: str | None = None) -> list[Job]:
-        # The jobs in these statuses, the newest change first; None leaves none out.
+        # The jobs in these statuses, the newest change first; None stands for all.
         jobs = [job for job in list(self.jobs.values()) if job.status in statuses
                 and project in (None, job.project) and spider in (None, job.spider)]
         return sorted(jobs, key=lambda job: job.timestamp, reverse=True)
@@ -1372,7 +1381,7 @@ class Daemon:
 
     def cancel(self, id: str | None = None, project: str | None = None,
                spider: str | None = None) -> dict[str, Any]:
-        """Cancel a job, or all active jobs of a project or its spider, and return when all is gone.
+        """Cancel a job, or all active jobs of a project or its spider; return when they are gone.
 
         Raise Conflict for a job that has ended.
         """
@@ -1490,7 +1499,10 @@ class Daemon:
     def _fire(self, now: float) -> list[Job]:
         # The schedules that are due, with their next due time, and their runs: at most some
         # hundreds in a change, so that requests are served in between.
-        fired: dict[str, list[Job]] = {}  # by schedule: an entry may be there twice
+        if len(self._due) > 1000 + 2 * len(self.jobs):  # most are of canceled schedules
+            self._due = [(j.due, j.identifier) for j in self.jobs.values() if j.due is not None]
+            heapq.heapify(self._due)
+        fired: dict[str, list[Job]] = {}  # by schedule: the heap may hold one twice
         while self._due and self._due[0][0] <= now and len(fired) < 500:
             due, identifier = heapq.heappop(self._due)
             job = self.jobs.get(identifier)
@@ -1538,7 +1550,7 @@ class Daemon:
         return crawl
 
     def _run(self, job: Job, crawl: Crawl) -> None:
-        # See to a crawl, from its start unless it was adopted, to its end.
+        # Run a crawl to its end; an adopted one has been started already.
         work = self.store.work / job.identifier
         problem = "" if crawl.pid else self._launch(job, crawl, work)
         if crawl.pid:
@@ -1598,7 +1610,7 @@ class Daemon:
             "SCRAPY_JOB": crawl.identifier, "SCRAPY_PROJECT": project.name,
             "SCRAPY_SPIDER": job.spider if job else "", "SCRAPY_DO": encode_json(order),
             "SCRAPY_SETTINGS_MODULE": SHIM_MODULE}
-        if not project.settings:  # then Scrapy has to find them, as it does without us
+        if not project.settings:  # else SCRAPY_PROJECT would be taken for a name in [settings]
             del environment["SCRAPY_SETTINGS_MODULE"]
         command = [word.replace("{project}", project.name) for word in self.options.scrapy]
         crawl.start([*command, *words], folder, environment, logs)
@@ -1636,8 +1648,8 @@ class Daemon:
         # A RUNNING job as it is after its end; an exit code of None stands for a crash.
         killed = "; it had to be killed, so its feeds may be cut off; see --kill-after"
         timeout = job.timeout or self.options.job_timeout
-        asked = {"cancel": (Status.CANCELED, BY_USER), "timeout": (
-            Status.FAILED, f"it ran longer than its timeout of {timeout:.15g} s")}
+        late = f"it ran longer than its timeout of {timeout:.15g} s"
+        asked = {"cancel": (Status.CANCELED, BY_USER), "timeout": (Status.FAILED, late)}
         if job.ending in asked:
             status, why = asked[job.ending]
             return self._finish(job, status, why + (killed if was_killed else ""))
@@ -1699,8 +1711,7 @@ def _check_arguments(description: str, payload: str, arg: Sequence[str],
     try:
         dict(**json.loads(payload))
     except (TypeError, ValueError, RecursionError) as error:
-        raise BadRequest('the payload must be a JSON object, like {"page": 2}: '
-                         f"{error}") from None
+        raise BadRequest(f'the payload must be a JSON object, like {{"x": 2}}: {error}') from None
     wrong = [f"arg {quoted(a)}" for a in arg if not re.fullmatch(r"[^-=\0\s][^=\0\s]*=[^\0]*", a)]
     wrong += [f"setting {quoted(s)}" for s in setting if not re.fullmatch(r"[^\W\d]\w*=[^\0]*", s)]
     if wrong:
@@ -1714,7 +1725,7 @@ def _name_jobs(jobs: Sequence[Job]) -> str:
 
 @functools.lru_cache(maxsize=1)
 def _ask_system(tenth: int) -> dict[str, Any]:
-    # Once in a tenth of a second: a system call hands the interpreter to another thread.
+    # Cached for 0.1 s: a system call hands the interpreter to another thread.
     memory = psutil.Process().memory_info().rss / MIB
     return {"memory-usage": float(memory), "hostname": socket.gethostname()}
 
@@ -1747,9 +1758,8 @@ def load_certificate(certificate: Path, key: Path | None) -> ssl.SSLContext:
     try:
         context.load_cert_chain(certificate, key, "")  # None would ask the terminal for a password
     except (OSError, ValueError) as error:
-        raise ScrapyDoError(f"the certificate in {certificate} cannot be used with the key in "
-                            f"{key or certificate}: {error}; if the key has a password, remove it:"
-                            " openssl pkey -in KEY -out NEW") from None
+        raise ScrapyDoError(f"cannot use {certificate}, key {key or certificate}: {error}; openssl"
+                            " pkey -in KEY -out NEW takes off a password") from None
     return context
 
 
@@ -1762,10 +1772,11 @@ def read_users(path: Path) -> dict[str, str]:
     if mode & (stat.S_IRWXO | stat.S_IWGRP):  # the group may read it, as with mounted secrets
         raise ScrapyDoError(f"others may use the passwords: run 'chmod g-w,o-rwx {path}'")
     users: dict[str, str] = {}
-    for number, line in enumerate(_as_text(data, f"the --auth-file {path}").split("\n"), 1):
+    lines = re.split("\r?\n", _as_text(data, f"the --auth-file {path}"))
+    for number, line in enumerate(lines, 1):
         name, _, password = line.partition(":")
         if line.strip() and (not name or not password or name in users):
-            raise ScrapyDoError(f"line {number} of {path} is not USER:PASSWORD, of a new user")
+            raise ScrapyDoError(f"line {number} of {path} is not USER:PASSWORD, or repeats a user")
         if password:
             users[name] = password
     if not users:
@@ -1780,7 +1791,7 @@ def _parameters_of(text: str) -> dict[str, str]:
 
 
 def _proofs(fields: Mapping[str, str], method: str, users: Mapping[str, str]) -> list[str]:
-    # What the response of a Digest should be, RFC 7616; nothing for an algorithm that is not known.
+    # The right response of a Digest, RFC 7616; none for an algorithm that is not known.
     import hashlib
     algorithm = fields.get("algorithm", "MD5").upper()
     if algorithm not in ALGORITHMS:
@@ -1796,7 +1807,7 @@ def _proofs(fields: Mapping[str, str], method: str, users: Mapping[str, str]) ->
 
 
 class Guard:
-    """Refuse what a foreign web page asks a browser for, and who lacks a password."""
+    """Refuse foreign web pages, and clients without a password."""
 
     def __init__(self, options: argparse.Namespace):
         name = socket.gethostname().lower()
@@ -1804,12 +1815,12 @@ class Guard:
         self._names = {"localhost", name, name.partition(".")[0],
                        *(host.partition(":")[0] for host in self._aliases)}
         self._users, self._is_tls = options.users, options.tls is not None
-        # Of Digest: when each was made, and the proofs of a password that have come with it: who
-        # listens cannot send a request again, nor another body with its header.
+        # When each Digest nonce was made, and the proofs seen with it: an eavesdropper can neither
+        # repeat a request nor send another body with its header.
         self._nonces = {os.urandom(16).hex(): (time.monotonic(), dict[str, object]())}
 
     def check(self, request: Handler) -> None:
-        """Raise ScrapyDoError if a request is refused; a wrong password costs a while."""
+        """Raise ScrapyDoError if a request is refused; after a second for a wrong password."""
         headers = request.headers
         host = headers.get("host", "localhost").lower()  # only HTTP/1.0 may lack it
         if not self._is_own(host):
@@ -1827,7 +1838,7 @@ class Guard:
             self._check_user(request, self._users)
 
     def _is_own(self, host: str) -> bool:
-        # A foreign name may be led to our address, so that its pages can call us.
+        # A foreign name may point to our address, so that its pages can call us (DNS rebinding).
         match = re.fullmatch(r"(\[[0-9a-f:.]+\]|[^:\[\]]+)(?::[0-9]{1,5})?", host)
         name = match[1].removesuffix(".") if match else ""
         family = socket.AF_INET6 if name.startswith("[") else socket.AF_INET
@@ -1859,11 +1870,10 @@ class Guard:
             raise self._challenge("the user or the password is wrong")
         if kind == "basic":
             return
-
         use = object()
-        _, uses = self._nonces.get(fields.get("nonce", ""), (0.0, {given: None}))
-        if uses.setdefault(given, use) is not use:  # atomic, so one of two at once is the first
-            raise self._challenge("this has come before, or its nonce is too old", ", stale=true")
+        _, uses = self._nonces.get(fields.get("nonce", ""), (0.0, None))
+        if uses is None or uses.setdefault(given, use) is not use:  # atomic: one of two is first
+            raise self._challenge("this login was used before, or is too old", ", stale=true")
         if (uri := fields.get("uri", "")) != request.path:
             raise BadRequest(f"Digest is for {quoted(uri)}, not {quoted(request.path)}: a proxy has"
                              " changed the path; let it keep the path, or check the passwords")
@@ -1875,7 +1885,7 @@ class Guard:
         return ScrapyDoError(message, 401, [("WWW-Authenticate", way) for way in ways])
 
 
-# A body is a file, on the disk if it has an archive: that may be large, and is read in pieces.
+# A body is a file, on the disk if it is an archive: that may be large, and is read in pieces.
 _Field = tuple[str, Iterable[bytes]]  # the name, and the value in pieces
 
 
@@ -1897,7 +1907,7 @@ def _as_text(data: bytes, what: str) -> str:
 
 
 def _query_fields(data: bytes) -> Iterator[_Field]:
-    # A value may be binary, and a stray % stays.
+    # A value may be binary; a stray % is kept.
     unquote = urllib.parse.unquote_to_bytes
     for field in re.finditer(b"[^&]+", data):
         name, _, value = field[0].replace(b"+", b" ").partition(b"=")
@@ -1919,7 +1929,7 @@ def _find(line: bytes, file: IO[bytes], at: int) -> tuple[int, int, bool]:
 
 def _multipart_fields(file: IO[bytes], boundary: str) -> Iterator[_Field]:  # RFC 7578
     line = rb"--%b(--|[ \t]{0,64}\r\n)" % re.escape(boundary.encode("latin-1"))
-    _, at, is_last = _find(rb"\A" + line, file, 0)
+    _, at, is_last = _find(line, file, 0)
     while not is_last:
         file.seek(at)
         names = _parameters_of(_read_headers(file).get("content-disposition", ""))
@@ -1943,7 +1953,7 @@ def _json_fields(data: bytes, repeatable: Collection[str]) -> Iterator[_Field]:
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    # One of twins would be lost.
+    # Python would keep the last of two equal keys.
     if len(dict(pairs)) < len(pairs):
         (twin, _), *_ = Counter(name for name, _ in pairs).most_common(1)
         raise BadRequest(f"the parameter {quoted(twin)} is given twice; use a list for several")
@@ -1951,14 +1961,15 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _body_fields(file: IO[bytes], headers: Mapping[str, str], route: _Route) -> Iterator[_Field]:
-    # By the type of the body. Only multipart/form-data is not read as a whole.
+    # By Content-Type. Only multipart/form-data is read in pieces.
     kind, _, rest = headers.get("content-type", "").partition(";")
     kind = kind.strip().lower()
     if kind == "multipart/form-data":
-        return _multipart_fields(file, _parameters_of(rest).get("boundary", ""))
-    data = _cut(file, 0, 16 * MIB + 1)
-    if len(data) > 16 * MIB:
-        raise TooLarge(f"only curl -F sends more than 16 MiB, as in {PUSH_CALL}")
+        return _multipart_fields(file, _parameters_of(rest).get("boundary") or "none")
+    most = MIB if kind == "application/json" else 64 * MIB  # percent-encoded, of 25 MiB
+    data = _cut(file, 0, most + 1)
+    if len(data) > most:
+        raise TooLarge(f"only curl -F sends more than {most // MIB} MiB, as in {PUSH_CALL}")
     if kind == "application/json":
         return _json_fields(data, route.repeatable)
     if kind in ("", "application/x-www-form-urlencoded"):
@@ -2058,7 +2069,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     headers: Any  # a dictionary by lower-case name
     raw_requestline: bytes  # as http.server has read it
     command = ""  # of the latest request
-    idle_since = math.inf  # while a request is answered; in the future while the first is awaited
+    idle_since = math.inf  # while a request is answered; else when the connection may give way
 
     def setup(self) -> None:
         super().setup()
@@ -2067,7 +2078,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.server.connections[self.request] = self
 
     def finish(self) -> None:
-        # A reset would take the last answer along, so read on for a moment.
+        # To close with unread data resets the connection, and the client would lose the answer.
         end = time.monotonic() + LINGER_SECONDS
         with contextlib.suppress(OSError):
             if self.length != 0:
@@ -2077,9 +2088,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
                     pass
 
     def handle_one_request(self) -> None:
-        self.idle_since = time.monotonic() + (0.0 if self.command else GRACE_SECONDS)
+        self.idle_since = time.monotonic() + GRACE_SECONDS
         self.rfile.raw.deadline = self.idle_since + self.server.options.request_timeout
         self.length: int | None = 0  # of the body still to be read; None: unknown, or in chunks
+        self.is_begun = False  # the answer
         try:
             super().handle_one_request()
         except ScrapyDoError as error:
@@ -2115,12 +2127,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
         return True
 
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
-        # What http.server itself does not understand.
+        # http.server calls this for an unknown method, or a request line of over 64 KiB.
         self.length = None
         raise ScrapyDoError(message or "the address is too long; use a POST body", code)
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Say nothing of a connection on which nothing came in time."""
+        """Do not log what http.server logs: a time-out."""
 
     def do_GET(self) -> None:  # and all other methods
         path, _, query = self.path.partition("?")
@@ -2151,12 +2163,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
             body = io.BytesIO()
             self._receive(body, MIB)
             return route.check(_body_fields(body, self.headers, route))
-
         upload = self.server.daemon.store.projects / f"{new_identifier()}.zip"
         try:
             with open(upload, "xb+") as file, open(upload, "rb+") as target:
                 self._receive(file, self.server.options.max_upload * MIB)
-                # It moves to the start of its own file; a piece is read before it is written over.
+                # The archive moves to the start of its own file; a piece is read before that.
                 target.writelines(route.check(_body_fields(file, self.headers, route))["archive"])
                 target.truncate()
         except BaseException:
@@ -2172,8 +2183,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             left = self._next_chunk(b"\r\n") if self.length is None else self.length
             while left:
                 if file.tell() + left > most:
-                    raise TooLarge(f"the body is longer than {most // MIB} MiB; for archives, see"
-                                   " --max-upload")
+                    raise TooLarge(f"the body is longer than {most // MIB} MiB; see --max-upload")
                 piece = self.rfile.read1(min(left, CHUNK_BYTES))
                 if not piece:
                     raise ConnectionAbortedError
@@ -2186,7 +2196,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.length = 0
 
     def _next_chunk(self, end: bytes) -> int:
-        # Return its size, 0 at the end, see RFC 9112 section 7.1; `end` is that of the last chunk.
+        # Return the size, 0 at the end, RFC 9112 section 7.1; `end` is that of the chunk before.
         match = CHUNK_LINE.fullmatch(end + self.rfile.readline(256))
         if match is None:
             raise BadRequest("the chunked body is broken")
@@ -2195,6 +2205,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         return size
 
     def _refuse(self, error: ScrapyDoError) -> None:
+        if self.is_begun:
+            raise ConnectionAbortedError  # a second answer would look like a part of the first
         if error.status != 401:  # a challenge is no event
             what = f"{self.command} {self.path:.100}" if self.command else "a request"
             log(f"{what} from {self.client_address[0]} got {error.status}: {error!s:.300}")
@@ -2202,7 +2214,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def _send(self, status: int, answer: Mapping[str, Any] | bytes, kind: str = "application/json",
               headers: Sequence[tuple[str, str]] = (), framing: str = "") -> None:
-        # `framing` is the header that says where the body ends, by default with `answer`.
+        # `framing` is the header that says how the body ends, by default after `answer`.
         if not isinstance(answer, bytes):
             answer = (encode_answer(answer) + "\n").encode("utf-8", "backslashreplace")
         self.close_connection = self.close_connection or self.length != 0
@@ -2213,10 +2225,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
             f"Connection: {'close' if self.close_connection else 'keep-alive'}",
             *(f"{name}: {value}" for name, value in headers), "\r\n",
         ]).encode("latin-1", "replace")
+        self.is_begun = True
         self.request.sendall(head if self.command == "HEAD" else head + answer)
 
     def _pause(self, seconds: float) -> None:
-        # A client that goes meanwhile, or a stop or reload, cuts the answer.
+        # Cut the answer if the client goes, or the daemon stops or reloads.
         poll = select.poll()
         poll.register(self.request, select.POLLRDHUP)
         if poll.poll(seconds * 1000) or self.server.is_draining:
@@ -2233,15 +2246,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
             size = os.fstat(file.fileno()).st_size
             start = _tail_start(file, size, asked["tail"]) if "tail" in asked else 0
             if not asked.get("follow") or self.command == "HEAD" or self.is_old:  # without chunks
-                self._send_part(file, start, size,
-                                "" if "tail" in asked else self.headers.get("range", ""))
+                self._send_part(file, start, size, "tail" in asked)
                 return
         self._follow(path, identifier, start)
 
-    def _send_part(self, file: IO[bytes], start: int, size: int, wanted: str) -> None:
+    def _send_part(self, file: IO[bytes], start: int, size: int, is_tail: bool) -> None:
         status, end, headers = 200, size, [("Accept-Ranges", "bytes")]
         # RFC 9110, section 14; what is more than one range of bytes is ignored.
-        if match := re.fullmatch("bytes=([0-9]{0,18})-([0-9]{0,18})", wanted):
+        match = re.fullmatch(r"bytes=(\d{0,18})-(\d{0,18})", self.headers.get("range", ""))
+        if match and not is_tail:
             first, last = match.groups()
             start = int(first) if first else max(0, size - int(last or 0))
             end = min(size, int(last) + 1) if first and last else size
@@ -2288,7 +2301,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.socket.close()
         self.socket = listening
         self.daemon, self.options, self.guard = daemon, options, Guard(options)
-        self.is_draining = False  # followers of logs are to go
+        self.is_draining = False  # answers that wait are cut
         self.connections: dict[socket.socket, Handler | None] = {}  # None: no thread has it yet
         self._idle = threading.Semaphore(0)  # counts threads without a connection
         self._work: queue.SimpleQueue[Any] = queue.SimpleQueue()
@@ -2308,18 +2321,19 @@ class Server(http.server.ThreadingHTTPServer):
     def _accept(self) -> None:
         try:
             request, address = self.get_request()
+        except (BlockingIOError, ConnectionError):  # the client has gone already
+            return
         except OSError as error:
             log(f"no connection can be accepted: {error.strerror}")
-            time.sleep(PLACE_SECONDS)
+            time.sleep(GRACE_SECONDS)
             return
         try:
-            if self.options.tls:
+            if tls := self.options.tls:
                 request.settimeout(self.options.request_timeout)  # it ignores the inherited timeout
-                request = self.options.tls.wrap_socket(
-                    request, server_side=True, do_handshake_on_connect=False)
+                request = tls.wrap_socket(request, server_side=True, do_handshake_on_connect=False)
             self._make_room()
             self.connections[request] = None
-            if not self._idle.acquire(blocking=False):  # to start another takes long
+            if not self._idle.acquire(blocking=False):  # a new one takes longer than most answers
                 threading.Thread(target=self._run, name="http", daemon=True).start()
             self._work.put((request, address))
         except (OSError, RuntimeError):  # no room, or no thread
@@ -2329,8 +2343,8 @@ class Server(http.server.ThreadingHTTPServer):
             self.shutdown_request(request)
 
     def _make_room(self) -> None:
-        # The connection that is idle for longest gives way, first of those without a password.
-        end = time.monotonic() + GRACE_SECONDS
+        # Close the connection that has been idle for longest, those without a password first.
+        end = time.monotonic() + 2 * GRACE_SECONDS
         while len(self.connections) >= self.options.max_connections:
             first = min(filter(None, list(self.connections.values())), default=None,
                         key=lambda handler: (handler.is_known, handler.idle_since))
@@ -2440,7 +2454,7 @@ def parse_options(argv: list[str] | None) -> argparse.Namespace:
             shown = " (%(default)s)" if default and parse is not parse_command else ""
             group.add_argument(name, default=default, metavar=metavar, help=meaning + shown,
                                type=functools.partial(_parse_option, parse, bounds))
-    group.add_argument("--no-auth", action="store_true", help="let in everybody on any --host")
+    group.add_argument("--no-auth", action="store_true", help="let in all, without --auth-file")
     group.add_argument("--allow-host", metavar="NAME", action="append", default=[],
                        help="one more name of this machine, or NAME:PORT; may be repeated")
     parser.add_argument("--version", action="store_true", help="say the version, and no more")
@@ -2458,8 +2472,7 @@ def read_files(options: argparse.Namespace) -> None:
         raise ScrapyDoError(f"whoever reaches {options.host} could run code as you: name users by"
                             " --auth-file, or say --no-auth if a proxy or firewall does")
     if options.on_finish and not shutil.which(options.on_finish[0]):
-        raise ScrapyDoError(f"--on-finish {options.on_finish[0]} cannot be executed; mend the"
-                            " path, or have it executable by chmod +x")
+        raise ScrapyDoError(f"--on-finish {options.on_finish[0]} cannot be executed; try chmod +x")
     if options.auth_file:
         options.users = read_users(options.auth_file)
     if options.tls_cert:
@@ -2467,8 +2480,8 @@ def read_files(options: argparse.Namespace) -> None:
 
 
 def _warn_of_surroundings(scrapy: Sequence[str]) -> None:
-    # What will not work later, though the daemon can start.
-    if scrapy == OWN_SCRAPY and importlib.machinery.PathFinder.find_spec("scrapy") is None:
+    # Log what will not work later, though the daemon can start.
+    if scrapy == OWN_SCRAPY and importlib.util.find_spec("scrapy") is None:
         log(f"warning: Scrapy is missing; run '{sys.executable} -m pip install scrapy'")
     elif "{project}" not in scrapy[0] and not shutil.which(scrapy[0]):
         log(f"warning: there is no command '{scrapy[0]}'; install it, or see --scrapy")
@@ -2479,7 +2492,7 @@ def _warn_of_surroundings(scrapy: Sequence[str]) -> None:
 
 
 def _tell_supervisor(state: str) -> None:
-    # The service manager that has started the daemon wants to know, see sd_notify(3).
+    # Tell the service manager that has started the daemon, see sd_notify(3).
     address = os.environ.get("NOTIFY_SOCKET", "")
     with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as wire:
         wire.sendto(state.encode(), re.sub("^@", "\0", address))  # "" is an OSError
@@ -2524,9 +2537,8 @@ def serve(options: argparse.Namespace, signals: socket.socket) -> None:
                      socket.create_server((options.host, options.port), family=family,
                                           backlog=1024))  # clients until they are accepted
     except OSError as error:
-        where, why = f"{options.host}, port {options.port}", error.strerror or error
-        raise ScrapyDoError(f"cannot listen on {where}: {why}; choose another --port or --host, or"
-                            " stop the program that uses it") from None
+        raise ScrapyDoError(f"cannot listen on {options.host}, port {options.port}: {error};"
+                            " choose another --port or --host") from None
     options.host, options.port = listening.getsockname()[:2]  # after a reload those of before
     read_files(options)
     _warn_of_surroundings(options.scrapy)
