@@ -4399,6 +4399,19 @@ def test_a_crash_after_a_reload_is_like_any_other(outside, tmp_path):
         trial.kill()
 
 
+def test_after_a_crash_jobs_of_one_call_start_in_their_order(outside, tmp_path):
+    site = outside("--job-slots", "1")
+    site.push(**{spider: HOLD for spider in "abcd"})
+    jobs = site.post("schedule-job", project="shop", spider="*", when="now")["identifiers"]
+    crawl_of(site, tmp_path, jobs[0])
+    site.kill()
+    site.start()
+    release(tmp_path)
+    ended = [site.wait_job(job) for job in jobs]
+    assert [job["spider"] for job in sorted(ended, key=lambda job: job["started"])] == [*"abcd", "quick"]
+    assert (site.get("status")["jobs-run"], site.get("status")["jobs-successful"]) == (5, 5)
+
+
 def test_a_stop_at_any_moment_of_a_reload_ends_it_well(outside, tmp_path):
     """By hand for longer: STOP_ROUNDS=100 python -m pytest -k moment_of_a_reload."""
     site = outside("--job-slots", "1", "--kill-after", "0.2")
