@@ -43,7 +43,6 @@ import fcntl
 import functools
 import heapq
 import http.server
-import importlib.util
 import io
 import itertools
 import json
@@ -2481,7 +2480,8 @@ def read_files(options: argparse.Namespace) -> None:
 
 def _warn_of_surroundings(scrapy: Sequence[str]) -> None:
     # Log what will not work later, though the daemon can start.
-    if scrapy == OWN_SCRAPY and importlib.util.find_spec("scrapy") is None:
+    found = (finder.find_spec("scrapy", None) for finder in sys.meta_path)  # without importing it
+    if scrapy == OWN_SCRAPY and not any(found):
         log(f"warning: Scrapy is missing; run '{sys.executable} -m pip install scrapy'")
     elif "{project}" not in scrapy[0] and not shutil.which(scrapy[0]):
         log(f"warning: there is no command '{scrapy[0]}'; install it, or see --scrapy")

@@ -4401,7 +4401,7 @@ def test_a_crash_after_a_reload_is_like_any_other(outside, tmp_path):
 
 def test_after_a_crash_jobs_of_one_call_start_in_their_order(outside, tmp_path):
     site = outside("--job-slots", "1")
-    site.push(**{spider: HOLD for spider in "abcd"})
+    site.push(**dict.fromkeys("abcd", HOLD))
     jobs = site.post("schedule-job", project="shop", spider="*", when="now")["identifiers"]
     crawl_of(site, tmp_path, jobs[0])
     site.kill()
