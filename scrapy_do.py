@@ -20,16 +20,16 @@ How a request becomes a crawl:
 
 Threads
     main        accepts connections until a signal comes; see `serve` and `Server.serve_until`
-    http        answer the requests of a connection each, and may wait for client and disk
+    http        answer the requests of one connection each; may wait for client and disk
     timer       sleeps until a schedule is due or a crawl has had its time, a minute at most
-    crawl-ID    sees to a crawl that has a slot, from the copy of its code to its end
-    on-finish   runs the command of --on-finish, for one finished job after the other
+    crawl-ID    runs a crawl that has a slot: copies its code, starts it, waits, cleans up
+    on-finish   runs the command of --on-finish, for one finished job at a time
 
 Locks
     Daemon.lock is held to change a record, the write to the disk included, and to start or reap a
     child process. Readers take no lock: records never change, and what a reader sees is on the
     disk. Daemon._code_lock is held to copy or delete unpacked code. Neither is taken inside the
-    other. All else that http threads share is dictionaries, whose methods are atomic.
+    other. Else http threads share only dictionaries and queues, whose methods are atomic.
 """
 
 from __future__ import annotations
@@ -206,7 +206,7 @@ class Recurrence(NamedTuple):
     def next_after(self, moment: float, rng: Any = random) -> float:
         """Return the POSIX time due after `moment`. Raise ScrapyDoError if it may be past 9999."""
         size = UNIT_SECONDS[self.unit]
-        # Beside the units, a weekday may be 7 days away; the rest is for time zones and gaps.
+        # A weekday may be 7 days away beyond the units; 2 days more for time zones and gaps.
         _want(moment + self.high * size + 9 * DAY_SECONDS <= LAST_INSTANT,
               "the next run may be past the year 9999; choose a shorter interval")
         count: int = rng.randint(self.low, self.high)
@@ -252,8 +252,8 @@ class Recurrence(NamedTuple):
         return self._replace(low=self.high).next_after(moment)
 
 
-# The parser: each function removes the words that fit from those that are left, which "" ends. The
-# first that does not fit stays, and the error says what is wrong with it.
+# The parser: each function takes the words that it understands from the front of `rest`, which ends
+# with "". The first word that is left is the one that the error is about.
 @functools.lru_cache(maxsize=1024)  # lists of jobs ask for the same few specs again and again
 def parse_spec(text: str) -> Recurrence | None:
     """Return when a job is due; None is 'now'. Raise ScrapyDoError where the spec errs."""
@@ -429,14 +429,14 @@ class Job(NamedTuple):
 
 
 class Gone(NamedTuple):
-    """Say that a job or a project has been removed."""
+    """A job or a project that was removed."""
     identifier: str = ""
     name: str = ""
 
 
 Record = Job | Project | Gone
 encode_json = json.JSONEncoder(ensure_ascii=False).encode  # json.dumps makes an encoder each time
-# What may stand in a field of the state file, by the type that it has in JSON.
+# The annotations of fields that allow a value, by the type of the value in JSON.
 JSON_KINDS = {str: ("str", "Status"), bool: ("bool",), int: ("int", "float"), float: ("float",),
               type(None): ("None",), list: ("Strings",), dict: ("dict[str, Any]",)}
 
@@ -644,7 +644,7 @@ class Store:
     """
 
     def __init__(self, folder: Path):
-        # Create and lock the folder. Raise StorageError when it is in use or cannot be written.
+        """Create and lock the folder. Raise StorageError when it is in use or cannot be written."""
         self.folder, self.state_file = folder, folder / "state.json"
         self.projects, self.logs, self.work = folder / "projects", folder / "logs", folder / "work"
         self.spider_data, self.shim = folder / "spider-data", self.work / "shim"
@@ -945,7 +945,7 @@ def explain_list_error(command: Sequence[str], errors: str, work: Path) -> str:
     lines = [line for line in re.sub(r"\A(?:  .*\n)+", "", last).splitlines() if line.strip()]
     why = lines[:8] if found else lines[-8:]
     missing = "".join(re.findall(r"No module named '?(\w+)", errors)[-1:])
-    # pip may have a stranger's package by the name of what is the project's own.
+    # PyPI may have a stranger's package by the name of a module of the project's own.
     if missing and not any((work / f"{missing}{suffix}").exists() for suffix in ("", ".py")):
         python = re.sub("scrapy$", "python", command[0])
         pip = f"{python} -m pip" if "python" in os.path.basename(python) else "pip"
@@ -1731,14 +1731,14 @@ def _ask_system(tenth: int) -> dict[str, Any]:
 
 # ---- 7. HTTP ---------------------------------------------------------------------------------
 
-LINE_BYTES = 8 * 1024  # the longest line of a head; other servers have this limit as well
+LINE_BYTES = 8 * 1024  # the longest line of a head, as in other servers
 BODY_BYTES_PER_SECOND = 10 * 1024  # the least rate of an upload: a slow telephone's
 LINGER_SECONDS = 2.0  # for the rest of a refused body, so that the client gets to see the answer
-GRACE_SECONDS = 0.5  # in which a client that has connected may send its request undisturbed
-PLACE_SECONDS = 0.01  # between looks for a place, or a descriptor, for a new connection
+GRACE_SECONDS = 0.5  # in which a client may send its next request undisturbed
+PLACE_SECONDS = 0.01  # between looks whether a connection or a request has ended
 PENALTY_SECONDS = 1.0  # before a wrong password is answered: slow guessing down
-NONCE_SECONDS = 300  # until there is another Digest nonce; clients fetch it by themselves
-NONCE_USES = 10_000  # until there is another: each use is remembered
+NONCE_SECONDS = 300  # after which a Digest nonce is replaced; clients fetch the new one
+NONCE_USES = 10_000  # after which it is replaced: each use is remembered
 ALGORITHMS = ("SHA-256", "MD5")  # of Digest, the best first
 TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"  # RFC 9110, section 5.6.2
 REQUEST_LINE = re.compile(rb"(%s) (/[!-~\x80-\xff]*) HTTP/1\.([0-9])\r\n" % TOKEN)
@@ -1979,10 +1979,10 @@ def _body_fields(file: IO[bytes], headers: Mapping[str, str], route: _Route) -> 
 
 class _Route(NamedTuple):
     name: str
-    answer: Callable[..., dict[str, Any]]  # with these parameters
+    answer: Callable[..., dict[str, Any]]  # takes these parameters by name
     required: tuple[str, ...] = ()
     optional: tuple[str, ...] = ()
-    repeatable: tuple[str, ...] = ()  # of those
+    repeatable: tuple[str, ...] = ()  # may be given several times
     is_post: bool = False
 
     def __str__(self) -> str:
@@ -2038,7 +2038,7 @@ ROUTES = {f"/{route.name}": route for route in (
     _Route("cancel-job.json", Daemon.cancel, (), ("id", "project", "spider"), is_post=True),
     _Route("remove-project.json", Daemon.remove, ("name",), is_post=True),
 )}
-LOG_ROUTE = _Route("get-log", Daemon.status, (), ("follow", "tail"))
+LOG_ROUTE = _Route("get-log", Daemon.status, (), ("follow", "tail"))  # only for its parameters
 
 
 def _tail_start(file: IO[bytes], size: int, lines: int) -> int:
@@ -2051,7 +2051,7 @@ def _tail_start(file: IO[bytes], size: int, lines: int) -> int:
 
 
 class _Reader(socket.SocketIO):
-    # Reads a connection until a deadline: a timeout of the socket counts for each read anew.
+    # Reads a connection until a deadline: a timeout of the socket begins anew with each read.
     deadline = 0.0  # on the monotonic clock
 
     def readinto(self, buffer: Any) -> int:
@@ -2276,7 +2276,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             job = self.server.daemon.jobs.get(identifier)  # asked for before the log is read
             is_over = job is None or job.status not in (Status.PENDING, Status.RUNNING)
             with open_log(path) as file:
-                # A log that has become shorter is new.
+                # A log that is shorter than before has begun anew.
                 file.seek(start if start <= os.fstat(file.fileno()).st_size else 0)
                 piece = file.read(CHUNK_BYTES)
                 start = file.tell()
@@ -2465,11 +2465,11 @@ def parse_options(argv: list[str] | None) -> argparse.Namespace:
 
 
 def read_files(options: argparse.Namespace) -> None:
-    """Read the users and the certificate. Raise ScrapyDoError for what will not do."""
+    """Read the users and the certificate. Raise ScrapyDoError if an option is unusable."""
     is_local = options.host.startswith("127.") or options.host in ("::1", "localhost")
     if not (is_local or options.auth_file or options.no_auth):
         raise ScrapyDoError(f"whoever reaches {options.host} could run code as you: name users by"
-                            " --auth-file, or say --no-auth if a proxy or firewall does")
+                            " --auth-file, or say --no-auth if a proxy checks them")
     if options.on_finish and not shutil.which(options.on_finish[0]):
         raise ScrapyDoError(f"--on-finish {options.on_finish[0]} cannot be executed; try chmod +x")
     if options.auth_file:
