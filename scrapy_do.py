@@ -2480,7 +2480,7 @@ def read_files(options: argparse.Namespace) -> None:
 
 def _warn_of_surroundings(scrapy: Sequence[str]) -> None:
     # Log what will not work later, though the daemon can start.
-    found = (finder.find_spec("scrapy", None) for finder in sys.meta_path)  # without importing it
+    found = (each.find_spec("scrapy", None) for each in sys.meta_path if hasattr(each, "find_spec"))
     if scrapy == OWN_SCRAPY and not any(found):
         log(f"warning: Scrapy is missing; run '{sys.executable} -m pip install scrapy'")
     elif "{project}" not in scrapy[0] and not shutil.which(scrapy[0]):
