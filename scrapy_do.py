@@ -477,8 +477,9 @@ def job_text(job: Job) -> str:
 def encode_answer(answer: Mapping[str, Any]) -> str:
     """Return an answer as JSON; the `jobs` in it are JSON texts already."""
     # To encode 10,000 jobs in a call would keep all other threads waiting.
-    jobs = ", ".join(answer.get("jobs", ()))
-    return f'{{"status": "ok", "jobs": [{jobs}]}}' if "jobs" in answer else encode_json(answer)
+    if "jobs" not in answer:
+        return encode_json(answer)
+    return f'{{"status": "ok", "jobs": [{", ".join(answer["jobs"])}]}}'
 
 
 def encode_record(record: Record) -> str:
@@ -1771,8 +1772,7 @@ def read_users(path: Path) -> dict[str, str]:
     if mode & (stat.S_IRWXO | stat.S_IWGRP):  # the group may read it, as with mounted secrets
         raise ScrapyDoError(f"others may use the passwords: run 'chmod g-w,o-rwx {path}'")
     users: dict[str, str] = {}
-    lines = re.split("\r?\n", _as_text(data, f"the --auth-file {path}"))
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(re.split("\r?\n", _as_text(data, f"the --auth-file {path}")), 1):
         name, _, password = line.partition(":")
         if line.strip() and (not name or not password or name in users):
             raise ScrapyDoError(f"line {number} of {path} is not USER:PASSWORD, or repeats a user")
@@ -1908,9 +1908,9 @@ def _as_text(data: bytes, what: str) -> str:
 def _query_fields(data: bytes) -> Iterator[_Field]:
     # A value may be binary; a stray % is kept.
     unquote = urllib.parse.unquote_to_bytes
+    what = f"the name of a parameter (a file is sent by {PUSH_CALL})"
     for field in re.finditer(b"[^&]+", data):
         name, _, value = field[0].replace(b"+", b" ").partition(b"=")
-        what = f"the name of a parameter (a file is sent by {PUSH_CALL})"
         # To decode an archive as a whole would take 60 times its memory.
         pieces = re.finditer(rb"(?s)(?:%[0-9A-Fa-f]{2}|.){1,9999}", value)
         yield _as_text(unquote(name[:999]), what), (unquote(piece[0]) for piece in pieces)
@@ -1928,7 +1928,8 @@ def _find(line: bytes, file: IO[bytes], at: int) -> tuple[int, int, bool]:
 
 def _multipart_fields(file: IO[bytes], boundary: str) -> Iterator[_Field]:  # RFC 7578
     line = rb"--%b(--|[ \t]{0,64}\r\n)" % re.escape(boundary.encode("latin-1"))
-    _, at, is_last = _find(line, file, 0)
+    start, at, is_last = _find(line, file, 0)
+    _want(start == 0, "the multipart body does not begin with its boundary")
     while not is_last:
         file.seek(at)
         names = _parameters_of(_read_headers(file).get("content-disposition", ""))
@@ -2063,7 +2064,6 @@ class _Reader(socket.SocketIO):
 
 class Handler(http.server.BaseHTTPRequestHandler):
     """Answer the requests of a connection, one after another, in a thread of its own."""
-
     server: Server
     headers: Any  # a dictionary by lower-case name
     raw_requestline: bytes  # as http.server has read it

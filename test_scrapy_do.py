@@ -3556,6 +3556,7 @@ def test_broken_json_is_refused(shop, body, status, words):
     (part_of("project", b"shop"), MULTIPART, 400, "cut short"), (b"--xYz--", MULTIPART, 400, "'project'"),
     (b"--xYz\r\nX: y\r\n\r\nz\r\n--xYz--", MULTIPART, 400, "no name"), (b"", "multipart/form-data", 400, "boundary"),
     (b"x", "application/zip", 415, "-F archive=@demo.zip"), (b"x", "text/plain", 415, "--json"),
+    (b"x" + PLAN_PARTS + b"\r\n--xYz--\r\n", MULTIPART, 400, "begin with its boundary"),
     (PLAN_URLENCODED + b"&description=" + b"x" * (scrapy_do.MIB + 1), URLENCODED, 413, "1 MiB"),
     (b"&" * (scrapy_do.MIB - 1), URLENCODED, 400, "'project'"), (b"arg=a&" * 2000, URLENCODED, 413, "1000"),
 ])  # fmt: skip
